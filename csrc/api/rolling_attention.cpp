@@ -1,0 +1,86 @@
+#include "../cpu/ops.h"
+#include "check.h"
+
+namespace mixtral::api {
+
+mixtral_status check(const mixtral_context *context, const mixtral_rolling_attention_params *params) {
+  Check c("mixtral_rolling_attention", context, params, sizeof *params);
+  if (!c.ok()) return c.status();
+  const mixtral_rolling_attention_params &p = *params;
+  c.tensor("q", p.q, {kAny, kAny, kAny}, kFloats, kStrided);
+  if (!c.ok()) return c.status();
+  const int64_t tokens = p.q.shape[0], heads = p.q.shape[1], head_dim = p.q.shape[2];
+  c.require(head_dim == 64 || head_dim == 128, "q: expected head dim 64 or 128, got %lld", (long long)head_dim);
+  c.range("q.shape[0] (tokens)", tokens, 0, INT32_MAX);
+
+  c.tensor("k_cache", p.k_cache, {kAny, kAny, kAny, head_dim}, kFloats, kOutput);
+  if (!c.ok()) return c.status();
+  const int64_t slots = p.k_cache.shape[0], capacity = p.k_cache.shape[1], key_heads = p.k_cache.shape[2];
+  c.tensor("v_cache", p.v_cache, {slots, capacity, key_heads, head_dim}, kFloats, kOutput);
+  c.same_dtype("k_cache", p.k_cache, "q", p.q);
+  c.same_dtype("v_cache", p.v_cache, "q", p.q);
+  c.range("k_cache.shape[0] (slots)", slots, 0, INT32_MAX);
+  c.range("k_cache.shape[1] (capacity)", capacity, 1, INT32_MAX);
+  c.require(key_heads >= 1 && heads % key_heads == 0,
+            "q: expected a number of heads that is a multiple of k_cache's %lld, got %lld", (long long)key_heads,
+            (long long)heads);
+
+  const bool append = present(p.k);
+  c.require(append == present(p.v), "k, v: expected both or none, got %s", append ? "k alone" : "v alone");
+  if (append) {
+    c.tensor("k", p.k, {tokens, key_heads, head_dim}, kFloats, kStrided);
+    c.tensor("v", p.v, {tokens, key_heads, head_dim}, kFloats, kStrided);
+    c.same_dtype("k", p.k, "q", p.q);
+    c.same_dtype("v", p.v, "q", p.q);
+  }
+
+  c.tensor("cu_seqlens_q", p.cu_seqlens_q, {kAny}, kI32, kContiguous);
+  if (!c.ok()) return c.status();
+  c.range("cu_seqlens_q.shape[0]", p.cu_seqlens_q.shape[0], 1, INT32_MAX);
+  const int64_t sequences = p.cu_seqlens_q.shape[0] - 1;
+  c.tensor("cache_lengths", p.cache_lengths, {sequences}, kI32, kContiguous);
+  if (present(p.cache_slots))
+    c.tensor("cache_slots", p.cache_slots, {sequences}, kI32, kContiguous);
+  else
+    c.require(sequences <= slots, "k_cache.shape[0] (slots): expected at least the %lld sequences, got %lld",
+              (long long)sequences, (long long)slots);
+
+  c.range("max_seqlen_q", p.max_seqlen_q, 0, INT32_MAX);
+  c.range("max_cache_length", p.max_cache_length, -1, INT32_MAX);
+  c.range("window", p.window, 0, capacity);
+  if (!append && p.window > 0 && p.max_seqlen_q > 0)
+    c.require(p.window + p.max_seqlen_q - 1 <= capacity,
+              "window: expected window + max_seqlen_q - 1 <= %lld (capacity) without k and v, got %lld + %lld - 1",
+              (long long)capacity, (long long)p.window, (long long)p.max_seqlen_q);
+  if (p.window == 0 && p.max_seqlen_q > 0 && p.max_cache_length >= 0)
+    c.require(p.max_cache_length + p.max_seqlen_q <= capacity,
+              "max_cache_length: expected max_cache_length + max_seqlen_q <= %lld (capacity) without a window, got %lld + %lld",
+              (long long)capacity, (long long)p.max_cache_length, (long long)p.max_seqlen_q);
+  c.require(p.softmax_scale >= -1e30 && p.softmax_scale <= 1e30, "softmax_scale: expected a finite number, got %g",
+            p.softmax_scale);
+  c.require(p.rope_theta >= 0 && p.rope_theta <= 1e30, "rope_theta: expected 0 or a positive finite number, got %g",
+            p.rope_theta);
+  c.tensor("out", p.out, {tokens, heads, head_dim}, kFloats, kOutput);
+  c.same_dtype("out", p.out, "q", p.q);
+  if (present(p.lse)) c.tensor("lse", p.lse, {heads, tokens}, kF32, kContiguous);
+  c.cpu_only();
+  return c.status();
+}
+
+}  // namespace mixtral::api
+
+extern "C" size_t mixtral_rolling_attention_workspace_size(const mixtral_context *context, const mixtral_rolling_attention_params *params) {
+  if (mixtral::api::check(context, params) != MIXTRAL_OK) return 0;
+  return mixtral::api::padded(mixtral::cpu::rolling_attention_workspace_size(*context, *params));
+}
+
+extern "C" mixtral_status mixtral_rolling_attention(const mixtral_context *context, const mixtral_rolling_attention_params *params, void *workspace,
+                                         size_t workspace_bytes, void *stream) {
+  mixtral_status status = mixtral::api::check(context, params);
+  if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_rolling_attention", *context, stream);
+  if (status != MIXTRAL_OK) return status;
+  const size_t needed = mixtral_rolling_attention_workspace_size(context, params);
+  workspace = mixtral::api::workspace("mixtral_rolling_attention", needed, workspace, workspace_bytes, &status);
+  if (status != MIXTRAL_OK) return status;
+  return mixtral::cpu::rolling_attention(*context, *params, workspace);
+}

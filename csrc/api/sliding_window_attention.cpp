@@ -1,0 +1,79 @@
+#include "../cpu/ops.h"
+#include "check.h"
+
+namespace mixtral::api {
+
+mixtral_status check(const mixtral_context *context, const mixtral_sliding_window_attention_params *params) {
+  Check c("mixtral_sliding_window_attention", context, params, sizeof *params);
+  if (!c.ok()) return c.status();
+  const mixtral_sliding_window_attention_params &p = *params;
+  c.require(present(p.q), "q: expected a tensor, got none");
+  c.require(p.q.ndim == 3 || p.q.ndim == 4, "q: expected 3 dimensions (packed) or 4 (batched), got %d", p.q.ndim);
+  if (!c.ok()) return c.status();
+
+  const bool packed = p.q.ndim == 3;
+  if (packed) {
+    c.tensor("q", p.q, {kAny, kAny, kAny}, kFloats, kStrided);
+    c.tensor("k", p.k, {kAny, kAny, p.q.shape[2]}, kFloats, kStrided);
+    c.tensor("v", p.v, {p.k.shape[0], p.k.shape[1], p.q.shape[2]}, kFloats, kStrided);
+  } else {
+    c.tensor("q", p.q, {kAny, kAny, kAny, kAny}, kFloats, kStrided);
+    c.tensor("k", p.k, {p.q.shape[0], kAny, kAny, p.q.shape[3]}, kFloats, kStrided);
+    c.tensor("v", p.v, {p.q.shape[0], p.k.shape[1], p.k.shape[2], p.q.shape[3]}, kFloats, kStrided);
+  }
+  c.same_dtype("k", p.k, "q", p.q);
+  c.same_dtype("v", p.v, "q", p.q);
+  if (!c.ok()) return c.status();
+
+  const int64_t *query = p.q.shape + !packed, *key = p.k.shape + !packed;  // [tokens, heads, D]
+  c.require(query[2] == 64 || query[2] == 128, "q: expected head dim 64 or 128, got %lld", (long long)query[2]);
+  c.require(key[1] >= 1 && query[1] % key[1] == 0, "q: expected a number of heads that is a multiple of k's %lld, got %lld",
+            (long long)key[1], (long long)query[1]);
+  c.range("q: tokens", query[0], 0, INT32_MAX);
+  c.range("k: tokens", key[0], 0, INT32_MAX);
+
+  const bool bounds = present(p.cu_seqlens_q) || present(p.cu_seqlens_k), ranges = present(p.k_start) || present(p.k_length);
+  c.require(!bounds || packed, "cu_seqlens_q, cu_seqlens_k: expected none with a batched q, got some");
+  c.require(!ranges || !packed, "k_start, k_length: expected none with a packed q, got some");
+  if (bounds) {
+    c.tensor("cu_seqlens_q", p.cu_seqlens_q, {kAny}, kI32, kContiguous);
+    c.tensor("cu_seqlens_k", p.cu_seqlens_k, {p.cu_seqlens_q.shape[0]}, kI32, kContiguous);
+    c.range("cu_seqlens_q.shape[0]", p.cu_seqlens_q.shape[0], 1, INT32_MAX);
+  }
+  if (present(p.k_start)) c.tensor("k_start", p.k_start, {p.q.shape[0]}, kI32, kContiguous);
+  if (present(p.k_length)) c.tensor("k_length", p.k_length, {p.q.shape[0]}, kI32, kContiguous);
+  c.range("max_seqlen_q", p.max_seqlen_q, 0, INT32_MAX);
+  c.range("max_seqlen_k", p.max_seqlen_k, 0, INT32_MAX);
+  c.range("window", p.window, 0, INT32_MAX);
+  c.require(p.softmax_scale >= -1e30 && p.softmax_scale <= 1e30, "softmax_scale: expected a finite number, got %g",
+            p.softmax_scale);
+
+  if (packed) {
+    c.tensor("out", p.out, {query[0], query[1], query[2]}, kFloats, kOutput);
+    if (present(p.lse)) c.tensor("lse", p.lse, {query[1], query[0]}, kF32, kContiguous);
+  } else {
+    c.tensor("out", p.out, {p.q.shape[0], query[0], query[1], query[2]}, kFloats, kOutput);
+    if (present(p.lse)) c.tensor("lse", p.lse, {p.q.shape[0], query[1], query[0]}, kF32, kContiguous);
+  }
+  c.same_dtype("out", p.out, "q", p.q);
+  c.cpu_only();
+  return c.status();
+}
+
+}  // namespace mixtral::api
+
+extern "C" size_t mixtral_sliding_window_attention_workspace_size(const mixtral_context *context, const mixtral_sliding_window_attention_params *params) {
+  if (mixtral::api::check(context, params) != MIXTRAL_OK) return 0;
+  return mixtral::api::padded(mixtral::cpu::sliding_window_attention_workspace_size(*context, *params));
+}
+
+extern "C" mixtral_status mixtral_sliding_window_attention(const mixtral_context *context, const mixtral_sliding_window_attention_params *params, void *workspace,
+                                         size_t workspace_bytes, void *stream) {
+  mixtral_status status = mixtral::api::check(context, params);
+  if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_sliding_window_attention", *context, stream);
+  if (status != MIXTRAL_OK) return status;
+  const size_t needed = mixtral_sliding_window_attention_workspace_size(context, params);
+  workspace = mixtral::api::workspace("mixtral_sliding_window_attention", needed, workspace, workspace_bytes, &status);
+  if (status != MIXTRAL_OK) return status;
+  return mixtral::cpu::sliding_window_attention(*context, *params, workspace);
+}

@@ -1,0 +1,13 @@
+// The thread-local message behind mixtral_last_error().
+#pragma once
+#include "../include/mixtral_ext.h"
+
+namespace mixtral {
+
+// Formats the message as printf does, keeps it for mixtral_last_error() and returns `status`.
+__attribute__((format(printf, 2, 3))) mixtral_status fail(mixtral_status status, const char *format, ...);
+
+// "bfloat16" for MIXTRAL_DTYPE_BF16; "unknown" for what is not a mixtral_dtype.
+const char *dtype_name(int32_t dtype);
+
+}  // namespace mixtral
