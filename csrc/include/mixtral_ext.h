@@ -9,7 +9,7 @@
  * Rules that hold for every op
  *   - No op allocates, synchronises, throws, starts a thread, or reads a device value on the host. On CUDA a call
  *     enqueues work on `stream` (a cudaStream_t passed as void *; NULL is the default stream) and can be captured in a
- *     graph and replayed with other values in the same arrays. On the CPU `stream` is ignored and must be NULL, and the
+ *     graph and replayed with other values in the same arrays; the context's device must be the thread's current one. On the CPU `stream` is ignored and must be NULL, and the
  *     call returns when the result is complete.
  *   - What the host can see (dtype, rank, shape, stride, alignment, NULL, limits, workspace) is checked before anything
  *     is written; the first violation is returned and mixtral_last_error() names the argument, what was expected and

@@ -1,0 +1,107 @@
+// Rotary embedding in place on the device.
+//
+//   grid      one block of 128 threads a token: D/2 threads compute its cos and sin once, all rotate its heads
+//   shared    2 * D/2 floats (512 bytes at D = 128), one barrier
+//   bytes     2 * T * (Hq + Hk) * D * 2 (T = 4096, Hq = 32, Hk = 8, D = 128: 84 MB, 25 us at 3.35 TB/s)
+//   32 bytes of stack for the exact range reduction of sinf and cosf at large angles
+//   a thread turns 8 pairs (half-split: two 16-byte vectors D/2 apart) or 4 pairs (interleaved: one vector)
+#include <cmath>
+
+#include "common/launch.h"
+#include "common/vector8.cuh"
+#include "ops.h"
+
+namespace mixtral::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kMaxPairs = 64;  // D/2
+
+struct Frequencies {
+  float x[kMaxPairs];  // theta^(-2i/D), rounded once from double on the host, as the CPU kernel has them
+};
+
+template <bool kInterleaved, class T>
+__device__ void rotate_heads(T *x, int64_t head_stride, int heads, int pairs, const float *cosine, const float *sine) {
+  if (kInterleaved) {
+    const int vectors = pairs / 4;
+    for (int i = threadIdx.x; i < heads * vectors; i += kThreads) {
+      const int first = i % vectors * 4;  // pair
+      T *p = x + i / vectors * head_stride + first * 2;
+      Vector8<T> v = load8(p, 8);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float a = to_float(v.x[2 * j]), b = to_float(v.x[2 * j + 1]), c = cosine[first + j], s = sine[first + j];
+        from_float(a * c - b * s, v.x[2 * j]);
+        from_float(a * s + b * c, v.x[2 * j + 1]);
+      }
+      store8(p, v, 8);
+    }
+  } else {
+    const int vectors = pairs / 8;
+    for (int i = threadIdx.x; i < heads * vectors; i += kThreads) {
+      const int first = i % vectors * 8;  // pair
+      T *p = x + i / vectors * head_stride + first;
+      Vector8<T> low = load8(p, 8), high = load8(p + pairs, 8);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float a = to_float(low.x[j]), b = to_float(high.x[j]), c = cosine[first + j], s = sine[first + j];
+        from_float(a * c - b * s, low.x[j]);
+        from_float(a * s + b * c, high.x[j]);
+      }
+      store8(p, low, 8);
+      store8(p + pairs, high, 8);
+    }
+  }
+}
+
+template <class T, class Position, bool kInterleaved>
+__global__ void __launch_bounds__(kThreads)
+    apply_rope_kernel(T *q, int64_t q_token_stride, int64_t q_head_stride, int q_heads, T *k, int64_t k_token_stride,
+                      int64_t k_head_stride, int k_heads, const Position *__restrict__ positions, int pairs,
+                      const __grid_constant__ Frequencies frequencies) {
+  __shared__ float cosine[kMaxPairs], sine[kMaxPairs];
+  const int64_t token = blockIdx.x;
+  const Position position = positions[token];
+  if (position < 0 || position > (Position)INT32_MAX) return;  // the whole block: the token stays as it is
+  if (threadIdx.x < pairs) {
+    const float angle = (float)position * frequencies.x[threadIdx.x];
+    cosine[threadIdx.x] = cosf(angle);
+    sine[threadIdx.x] = sinf(angle);
+  }
+  __syncthreads();
+  rotate_heads<kInterleaved>(q + token * q_token_stride, q_head_stride, q_heads, pairs, cosine, sine);
+  rotate_heads<kInterleaved>(k + token * k_token_stride, k_head_stride, k_heads, pairs, cosine, sine);
+}
+
+}  // namespace
+
+mixtral_status apply_rope(const mixtral_context &, const mixtral_apply_rope_params &p, void *stream) {
+  const int64_t tokens = p.q.shape[0], pairs = p.q.shape[2] / 2;
+  const int64_t q_heads = p.q.shape[1], k_heads = p.k.ndim ? p.k.shape[1] : 0;
+  if (tokens == 0 || q_heads + k_heads == 0) return MIXTRAL_OK;
+  if (q_heads > 65535 || k_heads > 65535)
+    return fail(MIXTRAL_ERROR_NOT_SUPPORTED, "mixtral_apply_rope: q, k: expected at most 65535 heads on CUDA, got %lld and %lld",
+                (long long)q_heads, (long long)k_heads);
+  Frequencies frequencies;
+  for (int i = 0; i < pairs; ++i) frequencies.x[i] = (float)std::pow(p.theta, -(double)i / (double)pairs);
+
+  with_half_type(p.q.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto launch = [&](auto kernel, auto *positions) {
+      kernel<<<(unsigned)tokens, kThreads, 0, (cudaStream_t)stream>>>(
+          (T *)p.q.data, p.q.stride[0], p.q.stride[1], (int)q_heads, (T *)p.k.data, p.k.stride[0], p.k.stride[1], (int)k_heads,
+          positions, (int)pairs, frequencies);
+    };
+    const auto *p32 = (const int32_t *)p.positions.data;
+    const auto *p64 = (const int64_t *)p.positions.data;
+    const bool wide = p.positions.dtype == MIXTRAL_DTYPE_I64;
+    if (wide && p.interleaved) launch(apply_rope_kernel<T, int64_t, true>, p64);
+    if (wide && !p.interleaved) launch(apply_rope_kernel<T, int64_t, false>, p64);
+    if (!wide && p.interleaved) launch(apply_rope_kernel<T, int32_t, true>, p32);
+    if (!wide && !p.interleaved) launch(apply_rope_kernel<T, int32_t, false>, p32);
+  });
+  return cuda_status("mixtral_apply_rope", cudaGetLastError());
+}
+
+}  // namespace mixtral::cuda

@@ -1,0 +1,36 @@
+#include "common/launch.h"
+#include "ops.h"
+
+namespace mixtral::cuda {
+
+mixtral_status context_init(mixtral_context &context) {
+  constexpr const char *kOp = "mixtral_context_create";
+  int devices = 0;
+  mixtral_status status = cuda_status(kOp, cudaGetDeviceCount(&devices));
+  if (status != MIXTRAL_OK) return status;
+  if (context.device_index < 0 || context.device_index >= devices)
+    return fail(MIXTRAL_ERROR_INVALID_ARGUMENT, "%s: device_index: expected 0 to %d, got %d", kOp, devices - 1,
+                context.device_index);
+
+  const auto attribute = [&](cudaDeviceAttr which, int32_t *value) {
+    if (status == MIXTRAL_OK) status = cuda_status(kOp, cudaDeviceGetAttribute(value, which, context.device_index));
+  };
+  int32_t major = 0, minor = 0;
+  attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  attribute(cudaDevAttrComputeCapabilityMinor, &minor);
+  attribute(cudaDevAttrMultiProcessorCount, &context.sm_count);
+  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &context.max_shared_bytes);
+  if (status != MIXTRAL_OK) return status;
+
+  context.compute_capability = major * 10 + minor;
+  if (context.compute_capability < 80)
+    return fail(MIXTRAL_ERROR_NOT_SUPPORTED, "%s: device_index: expected compute capability 8.0 or more, got %d.%d", kOp, major,
+                minor);
+  const bool hopper = context.compute_capability == 90;  // sm_90a code runs on 9.0 alone
+  if (context.arch == MIXTRAL_ARCH_CUDA_SM90 && !hopper)
+    return fail(MIXTRAL_ERROR_NOT_SUPPORTED, "%s: arch: expected compute capability 9.0 for sm_90, got %d.%d", kOp, major, minor);
+  if (context.arch == MIXTRAL_ARCH_AUTO) context.arch = hopper ? MIXTRAL_ARCH_CUDA_SM90 : MIXTRAL_ARCH_CUDA_SM80;
+  return MIXTRAL_OK;
+}
+
+}  // namespace mixtral::cuda
