@@ -1,0 +1,32 @@
+# make demo   build and run the main job: a small Mixtral on our kernels beside transformers
+# make test   build and run all tests
+# make bench  build and print the speed table of this machine
+# make gpu-check   the tests that need an NVIDIA GPU, with the current python (no environment is made)
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test bench build gpu-check clean
+
+demo: build
+	$(BIN)/python -m mixtral_model demo
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build
+	$(BIN)/python -m mixtral_bench
+
+# Incremental: CMake rebuilds what changed in build/ and installs it into mixtral_ext/lib.
+build: .venv/requirements.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+
+.venv/requirements.installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+gpu-check:
+	$(PYTHON) -m pytest -m gpu
+
+clean:
+	rm -rf .venv build mixtral_ext/lib mixtral_ext/include
