@@ -1,0 +1,85 @@
+// What sliding_window_attention and rolling_attention share: the description of the work, and the kernels that do it.
+//
+// A row is one (query token, query head); the Hq/Hk heads of a key head's group are packed into rows, row = token * group
+// + head, so a key is read once for the whole group. A task is (sequence, key head, block of kBlockRows rows, span of
+// keys). Only sequences with one block of rows (decode, short chunks) split their keys, by a rule that looks at their own
+// length alone; spans leave partial results in the workspace, and a second pass combines them.
+#pragma once
+#include "../core/context.h"
+
+namespace mixtral::cpu::attention {
+
+constexpr int64_t kBlockRows = 192;   // a multiple of every kernel's row panel
+constexpr int64_t kSpanKeys = 512;    // keys a split task reads at least
+constexpr int64_t kMaxSpans = 16;
+constexpr int64_t kScratchSlots = 64; // tasks that can have scratch at a time
+constexpr int64_t kScratchBytes = 352 * 1024;
+
+// Consecutive key positions that are evenly spaced in memory: position p lies p - begin tokens after k and v.
+struct Piece {
+  int64_t begin, end;
+  const char *k, *v;          // key head 0
+  int64_t k_token, v_token;   // bytes between tokens
+  int64_t k_head, v_head;     // bytes between key heads
+};
+
+struct Sequence {
+  int64_t queries;    // tokens
+  int64_t position;   // key position of query 0; negative for queries before the first key
+  const char *q;      // query 0, head 0
+  char *out;
+  float *lse;         // may be nullptr
+  Piece pieces[3];    // ascending positions; unused ones are empty
+  int64_t first_task; // filled by run()
+  int64_t spans;
+  float *partial;
+};
+
+struct Problem {
+  int32_t dtype;
+  int64_t head_dim, query_heads, key_heads;
+  int64_t window;     // 0: all keys up to the query's own
+  float scale;        // softmax_scale * log2(e): scores are powers of two
+  int64_t q_token, q_head, out_token, out_head;  // bytes
+  int64_t lse_head;   // floats
+  int64_t sequence_count;
+  Sequence *sequences;
+
+  int64_t group() const { return query_heads / key_heads; }
+};
+
+struct Task {
+  const Problem &problem;
+  const Sequence &sequence;
+  int64_t key_head;
+  int64_t row_begin, row_end;
+  int64_t key_begin, key_end;  // the union of what the rows see, or a span of it
+  float *partial;              // nullptr: write out and lse; else per row: D sums, their maximum score, their total weight
+  char *scratch;               // kScratchBytes, 64-byte aligned
+};
+
+// What scores are multiplied by, so that weights are powers of two; 0 selects 1/sqrt(D).
+float log2_scale(double softmax_scale, int64_t head_dim);
+// Checks a cu_seqlens array: first 0, not decreasing, last <= tokens, no sequence longer than `longest` (0: any).
+mixtral_status check_bounds(const char *op, const char *name, const mixtral_tensor &bounds, int64_t tokens, int64_t longest);
+
+// Floats of a partial row.
+inline int64_t partial_row(int64_t head_dim) { return head_dim + 2; }
+
+// Bounds that hold for every sequence, for the workspace.
+struct Bounds {
+  int64_t sequences, queries, rows_queries;  // sequences; queries of all sequences; of the longest
+  int64_t keys;                              // of the longest
+};
+size_t workspace_size(const Problem &problem, const Bounds &bounds);
+// The place of the `bounds.sequences` descriptors, which the op fills before run().
+Sequence *sequences(void *workspace);
+void run(const mixtral_context &context, Problem &problem, const Bounds &bounds, void *workspace);
+
+// One task, all dtypes and head dims of the header. Each is one instruction set's copy of attention_kernel.inc.
+void task_portable(const Task &task);
+void task_avx2(const Task &task);
+void task_avx512(const Task &task);
+void task_amx(const Task &task);
+
+}  // namespace mixtral::cpu::attention
