@@ -43,7 +43,7 @@ extern "C" mixtral_status mixtral_grouped_gemm(const mixtral_context *context, c
   mixtral_status status = mixtral::api::check(context, params);
   if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_grouped_gemm", *context, stream);
   if (status != MIXTRAL_OK) return status;
-  const size_t needed = mixtral_grouped_gemm_workspace_size(context, params);
+  const size_t needed = mixtral::api::padded(mixtral::cpu::grouped_gemm_workspace_size(*context, *params));
   workspace = mixtral::api::workspace("mixtral_grouped_gemm", needed, workspace, workspace_bytes, &status);
   if (status != MIXTRAL_OK) return status;
   return mixtral::cpu::grouped_gemm(*context, *params, workspace);

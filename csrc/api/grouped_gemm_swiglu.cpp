@@ -45,7 +45,7 @@ extern "C" mixtral_status mixtral_grouped_gemm_swiglu(const mixtral_context *con
   mixtral_status status = mixtral::api::check(context, params);
   if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_grouped_gemm_swiglu", *context, stream);
   if (status != MIXTRAL_OK) return status;
-  const size_t needed = mixtral_grouped_gemm_swiglu_workspace_size(context, params);
+  const size_t needed = mixtral::api::padded(mixtral::cpu::grouped_gemm_swiglu_workspace_size(*context, *params));
   workspace = mixtral::api::workspace("mixtral_grouped_gemm_swiglu", needed, workspace, workspace_bytes, &status);
   if (status != MIXTRAL_OK) return status;
   return mixtral::cpu::grouped_gemm_swiglu(*context, *params, workspace);

@@ -51,7 +51,7 @@ extern "C" mixtral_status mixtral_moe_experts(const mixtral_context *context, co
   mixtral_status status = mixtral::api::check(context, params);
   if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_moe_experts", *context, stream);
   if (status != MIXTRAL_OK) return status;
-  const size_t needed = mixtral_moe_experts_workspace_size(context, params);
+  const size_t needed = mixtral::api::padded(mixtral::cpu::moe_experts_workspace_size(*context, *params));
   workspace = mixtral::api::workspace("mixtral_moe_experts", needed, workspace, workspace_bytes, &status);
   if (status != MIXTRAL_OK) return status;
   return mixtral::cpu::moe_experts(*context, *params, workspace);

@@ -79,7 +79,7 @@ extern "C" mixtral_status mixtral_rolling_attention(const mixtral_context *conte
   mixtral_status status = mixtral::api::check(context, params);
   if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_rolling_attention", *context, stream);
   if (status != MIXTRAL_OK) return status;
-  const size_t needed = mixtral_rolling_attention_workspace_size(context, params);
+  const size_t needed = mixtral::api::padded(mixtral::cpu::rolling_attention_workspace_size(*context, *params));
   workspace = mixtral::api::workspace("mixtral_rolling_attention", needed, workspace, workspace_bytes, &status);
   if (status != MIXTRAL_OK) return status;
   return mixtral::cpu::rolling_attention(*context, *params, workspace);

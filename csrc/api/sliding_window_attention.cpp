@@ -72,7 +72,7 @@ extern "C" mixtral_status mixtral_sliding_window_attention(const mixtral_context
   mixtral_status status = mixtral::api::check(context, params);
   if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_sliding_window_attention", *context, stream);
   if (status != MIXTRAL_OK) return status;
-  const size_t needed = mixtral_sliding_window_attention_workspace_size(context, params);
+  const size_t needed = mixtral::api::padded(mixtral::cpu::sliding_window_attention_workspace_size(*context, *params));
   workspace = mixtral::api::workspace("mixtral_sliding_window_attention", needed, workspace, workspace_bytes, &status);
   if (status != MIXTRAL_OK) return status;
   return mixtral::cpu::sliding_window_attention(*context, *params, workspace);
