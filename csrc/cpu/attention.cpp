@@ -23,7 +23,7 @@ int64_t span_count(int64_t keys) { return max(1, divide_up(keys, span_keys(keys)
 
 int64_t max_partial_floats(const Problem &problem, const Bounds &bounds) {
   if (problem.key_heads == 0) return 0;
-  const int64_t rows = min(bounds.queries * problem.group(), bounds.sequences * kBlockRows) * problem.key_heads;
+  const int64_t rows = min(bounds.queries * problem.group, bounds.sequences * kBlockRows) * problem.key_heads;
   int64_t keys = bounds.keys;
   if (problem.window) keys = min(keys, problem.window + min(bounds.rows_queries, kBlockRows) - 1);
   const int64_t spans = min(kMaxSpans, divide_up(keys, kSpanKeys));
@@ -32,7 +32,7 @@ int64_t max_partial_floats(const Problem &problem, const Bounds &bounds) {
 
 int64_t max_tasks(const Problem &problem, const Bounds &bounds) {
   if (problem.key_heads == 0) return 0;
-  const int64_t blocks = bounds.queries * problem.group() / kBlockRows + bounds.sequences;
+  const int64_t blocks = bounds.queries * problem.group / kBlockRows + bounds.sequences;
   const int64_t spans = min(kMaxSpans, max(1, divide_up(bounds.keys, kSpanKeys)));
   return problem.key_heads * blocks * spans;
 }
@@ -43,8 +43,20 @@ void visible(const Problem &problem, const Sequence &s, int64_t first, int64_t l
   *end = max(*begin, s.position + last + 1);
 }
 
+void (*task_of(mixtral_arch arch))(const Task &) {
+  switch (arch) {
+#if defined(__x86_64__)
+    case MIXTRAL_ARCH_CPU_AVX2: return task_avx2;
+    case MIXTRAL_ARCH_CPU_AVX512:
+    case MIXTRAL_ARCH_CPU_AVX512_BF16: return task_avx512;
+    case MIXTRAL_ARCH_CPU_AMX: return task_avx512;
+#endif
+    default: return task_portable;
+  }
+}
+
 void combine_rows(const Problem &problem, const Sequence &s, int64_t key_head) {
-  const int64_t group = problem.group(), rows = s.queries * group, stride = partial_row(problem.head_dim);
+  const int64_t group = problem.group, rows = s.queries * group, stride = partial_row(problem.head_dim);
   const float *partial = s.partial + key_head * s.spans * rows * stride;
   for (int64_t row = 0; row < rows; ++row) {
     float maximum = -INFINITY, weight = 0, sum[128] = {};
@@ -103,7 +115,7 @@ Sequence *sequences(void *workspace) { return (Sequence *)workspace; }
 
 void run(const mixtral_context &context, Problem &problem, const Bounds &bounds, void *workspace) {
   if (problem.key_heads == 0 || problem.query_heads == 0) return;
-  const int64_t group = problem.group();
+  const int64_t group = problem.group;
   float *partial = (float *)((char *)workspace + align(bounds.sequences * (int64_t)sizeof(Sequence)));
   char *scratch = (char *)partial + align(max_partial_floats(problem, bounds) * 4);
 
@@ -127,7 +139,7 @@ void run(const mixtral_context &context, Problem &problem, const Bounds &bounds,
     tasks += problem.key_heads * blocks * s.spans;
   }
 
-  void (*kernel)(const Task &) = task_portable;
+  void (*const kernel)(const Task &) = task_of(context.arch);
   const auto run_task = [&](int64_t index, char *area) {
     int64_t low = 0, high = problem.sequence_count;  // the last sequence that starts at or before the task
     while (high - low > 1) (problem.sequences[(low + high) / 2].first_task <= index ? low : high) = (low + high) / 2;

@@ -37,15 +37,13 @@ struct Sequence {
 
 struct Problem {
   int32_t dtype;
-  int64_t head_dim, query_heads, key_heads;
+  int64_t head_dim, query_heads, key_heads, group;  // group = query_heads / key_heads
   int64_t window;     // 0: all keys up to the query's own
   float scale;        // softmax_scale * log2(e): scores are powers of two
   int64_t q_token, q_head, out_token, out_head;  // bytes
   int64_t lse_head;   // floats
   int64_t sequence_count;
   Sequence *sequences;
-
-  int64_t group() const { return query_heads / key_heads; }
 };
 
 struct Task {
@@ -64,7 +62,7 @@ float log2_scale(double softmax_scale, int64_t head_dim);
 mixtral_status check_bounds(const char *op, const char *name, const mixtral_tensor &bounds, int64_t tokens, int64_t longest);
 
 // Floats of a partial row.
-inline int64_t partial_row(int64_t head_dim) { return head_dim + 2; }
+static inline int64_t partial_row(int64_t head_dim) { return head_dim + 2; }
 
 // Bounds that hold for every sequence, for the workspace.
 struct Bounds {

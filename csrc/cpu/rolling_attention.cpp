@@ -27,6 +27,7 @@ attention::Problem problem(const mixtral_rolling_attention_params &p) {
   a.head_dim = p.q.shape[2];
   a.query_heads = p.q.shape[1];
   a.key_heads = p.k_cache.shape[2];
+  a.group = a.query_heads / a.key_heads;
   a.window = p.window;
   a.scale = attention::log2_scale(p.softmax_scale, a.head_dim);
   a.q_token = (p.rope_theta > 0 ? a.query_heads * a.head_dim : p.q.stride[0]) * bytes;

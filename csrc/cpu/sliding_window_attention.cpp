@@ -17,6 +17,7 @@ attention::Problem problem(const mixtral_sliding_window_attention_params &p) {
   a.head_dim = p.q.shape[2 + batched];
   a.query_heads = p.q.shape[1 + batched];
   a.key_heads = p.k.shape[1 + batched];
+  a.group = a.query_heads / a.key_heads;
   a.window = p.window;
   a.scale = attention::log2_scale(p.softmax_scale, a.head_dim);
   a.q_token = p.q.stride[batched] * bytes;
