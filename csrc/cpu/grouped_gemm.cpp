@@ -27,26 +27,74 @@ mixtral_status check_a_rows(const char *op, const mixtral_tensor &a_rows, int64_
   return MIXTRAL_OK;
 }
 
-size_t grouped_gemm_pass_workspace_size(const mixtral_context &, int32_t, int64_t, int64_t, int64_t) { return 0; }
+namespace {
 
-void grouped_gemm_pass(const mixtral_context &context, const GroupedGemm &g, void *) {
-  with_float_type(g.dtype, [&](auto type) {
-    using T = decltype(type);
-    parallel_for(context, g.n, [&](int64_t n) {
-      int32_t e = 0;
-      for (int64_t r = g.row_begin; r < g.row_end; ++r) {
-        while (r >= g.expert_offsets[e + 1]) ++e;
-        const T *a = (const T *)g.a + (g.a_rows ? g.a_rows[r] / g.a_rows_divisor : r - g.row_begin) * g.a_stride;
-        const T *w = (const T *)g.w + e * g.w_expert_stride + n * g.w_stride;
-        float sum = 0, up = 0;
-        for (int64_t i = 0; i < g.k; ++i) sum += to_float(a[i]) * to_float(w[i]);
-        if (g.swiglu) {
-          for (int64_t i = 0; i < g.k; ++i) up += to_float(a[i]) * to_float(w[g.n * g.w_stride + i]);
-          sum = sum / (1 + __builtin_expf(-sum)) * up;
-        }
-        from_float(sum, ((T *)g.out)[(r - g.row_begin) * g.out_stride + n]);
-      }
-    });
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+GemmKernel kernel_for(mixtral_arch arch, int32_t dtype) {
+#if defined(__x86_64__)
+  if (arch >= MIXTRAL_ARCH_CPU_AVX2) return grouped_gemm_kernel_avx2(dtype);
+#endif
+  return grouped_gemm_kernel_portable(dtype);
+}
+
+int64_t packed_row_elements(int64_t k) { return (k + 31) / 32 * 32; }
+
+struct ActiveExpert {
+  int64_t expert, row_begin, rows;
+  char *packed;
+  int64_t packed_row_bytes;
+  GemmKernel kernel;
+};
+
+}  // namespace
+
+size_t grouped_gemm_pass_workspace_size(const mixtral_context &context, int32_t dtype, int64_t rows, int64_t experts,
+                                        int64_t k) {
+  rows = smaller(rows, kGemmRows);
+  const int64_t packed_rows = rows + smaller(rows, experts) * (kGemmPackRows - 1);
+  return (size_t)(packed_rows * packed_row_elements(k) * kernel_for(context.arch, dtype).packed_element_bytes);
+}
+
+void grouped_gemm_pass(const mixtral_context &context, const GroupedGemm &g, void *workspace) {
+  ActiveExpert active[MIXTRAL_MAX_EXPERTS];
+  int64_t experts = 0, pack_tasks = 0;
+  char *packed = (char *)workspace;
+  for (int64_t e = 0; e < g.experts; ++e) {
+    const int64_t begin = g.expert_offsets[e] > g.row_begin ? g.expert_offsets[e] : g.row_begin;
+    const int64_t rows = smaller(g.expert_offsets[e + 1], g.row_end) - begin;
+    if (rows <= 0) continue;
+    const int64_t blocks = (rows + kGemmPackRows - 1) / kGemmPackRows;
+    const GemmKernel kernel = kernel_for(context.arch, g.dtype);
+    const int64_t row_bytes = packed_row_elements(g.k) * kernel.packed_element_bytes;
+    active[experts++] = {e, begin, rows, packed, row_bytes, kernel};
+    packed += blocks * kGemmPackRows * row_bytes;
+    pack_tasks += blocks;
+  }
+  if (experts == 0 || g.n == 0) return;
+
+  parallel_for(context, pack_tasks, [&](int64_t i) {
+    const ActiveExpert *x = active;
+    for (; i >= (x->rows + kGemmPackRows - 1) / kGemmPackRows; ++x) i -= (x->rows + kGemmPackRows - 1) / kGemmPackRows;
+    const int64_t first = i * kGemmPackRows;
+    x->kernel.pack(g, {x->expert, x->row_begin + first, smaller(x->rows - first, kGemmPackRows),
+                       x->packed + first * x->packed_row_bytes, 0, 0});
+  });
+
+  // Order of tasks: all experts' first sixteenth of the columns, then their second, and so on. Equal ranges of tasks are
+  // equal work (a pool may split [0, count) into contiguous halves), while one thread stays with an expert's tokens.
+  constexpr int64_t kParts = 16;
+  const bool few = (g.row_end - g.row_begin) / experts <= 16;  // tokens fit the cache anyway: small tasks balance better
+  const int64_t columns = (few ? kGemmColumns / 4 : kGemmColumns) / (g.swiglu ? 2 : 1);
+  const int64_t blocks = (g.n + columns - 1) / columns;
+  parallel_for(context, experts * blocks, [&](int64_t i) {
+    int64_t part = 0;
+    while (blocks * (part + 1) / kParts <= i / experts) ++part;
+    const int64_t first = blocks * part / kParts, width = blocks * (part + 1) / kParts - first;
+    const int64_t within = i - experts * first;
+    const ActiveExpert &x = active[within / width];
+    const int64_t column = (first + within % width) * columns;
+    x.kernel.product(g, {x.expert, x.row_begin, x.rows, x.packed, column, smaller(column + columns, g.n)});
   });
 }
 

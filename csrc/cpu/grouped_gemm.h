@@ -23,11 +23,37 @@ struct GroupedGemm {
   int64_t out_stride;
 };
 
+// A part of one expert's product for one thread: rows [row_begin, row_begin + rows) x columns [column_begin, column_end).
+struct GemmTask {
+  int64_t expert, row_begin, rows;
+  void *packed;  // the rows' activations in the kernel's own layout, (k rounded up to 32) elements a row
+  int64_t column_begin, column_end;
+};
+
+// Columns of out a task covers at most; with swiglu half of it, so that it is the number of weight rows.
+constexpr int64_t kGemmColumns = 128;
+// pack() lays out up to so many rows at a time; an expert's packed rows begin at a multiple of it.
+constexpr int64_t kGemmPackRows = 16;
+
+// One instruction set's kernel for one dtype: pack() fills task.packed for at most kGemmPackRows rows, product() then
+// computes a task over any number of packed rows.
+struct GemmKernel {
+  void (*pack)(const GroupedGemm &g, const GemmTask &task);
+  void (*product)(const GroupedGemm &g, const GemmTask &task);
+  int32_t packed_element_bytes;
+};
+
+GemmKernel grouped_gemm_kernel_portable(int32_t dtype);
+GemmKernel grouped_gemm_kernel_avx2(int32_t dtype);
+GemmKernel grouped_gemm_kernel_avx512(int32_t dtype);
+GemmKernel grouped_gemm_kernel_avx512bf16();  // bf16 only
+GemmKernel grouped_gemm_kernel_amx();         // bf16 only
+
 // Longer inputs are done in passes of so many rows: it bounds the workspace, and rows being sorted by expert, a pass of
 // a long input touches few experts, so weights are still read about once.
 constexpr int64_t kGemmRows = 1024;
 
-// Bytes for grouped_gemm_pass on products of at most `rows` rows.
+// Bytes for grouped_gemm_pass on parts of a product of `rows` rows.
 size_t grouped_gemm_pass_workspace_size(const mixtral_context &context, int32_t dtype, int64_t rows, int64_t experts,
                                         int64_t k);
 void grouped_gemm_pass(const mixtral_context &context, const GroupedGemm &g, void *workspace);
