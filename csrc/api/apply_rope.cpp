@@ -8,6 +8,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_apply_rope_pa
   Check c("mixtral_apply_rope", context, params, sizeof *params);
   if (!c.ok()) return c.status();
   const mixtral_apply_rope_params &p = *params;
+  c.require(p.reserved == 0, "reserved: expected 0, got %d", p.reserved);
   c.tensor("q", p.q, {kAny, kAny, kAny}, kFloats, kOutput);
   if (!c.ok()) return c.status();
   const int64_t tokens = p.q.shape[0], head_dim = p.q.shape[2];

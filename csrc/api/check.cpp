@@ -151,7 +151,7 @@ void Check::tensor(const char *name, const mixtral_tensor &t, std::initializer_l
     require(t.shape[i] <= 1 || t.stride[i] >= 0, "%s: expected strides of 0 or more, got %lld in dimension %d", name,
             (long long)t.stride[i], i);
   const int64_t count = ok() ? element_count(t) : 0;
-  require(count >= 0, "%s: shape and strides reach beyond 2^59 elements", name);
+  require(count >= 0, "%s: expected less than 2^59 elements from first to last, got a shape and strides beyond", name);
   if (!ok() || count == 0) return;
 
   require(t.shape[ndim - 1] <= 1 || t.stride[ndim - 1] == 1, "%s: expected innermost stride 1, got %lld", name,

@@ -54,6 +54,8 @@ extern "C" mixtral_status mixtral_context_create(const mixtral_context_options *
   if (options->struct_size != sizeof *options)
     return fail(MIXTRAL_ERROR_INVALID_ARGUMENT, "mixtral_context_create: struct_size: expected %zu (library version %d), got %zu",
                 sizeof *options, mixtral_version(), options->struct_size);
+  if (options->reserved != 0)
+    return fail(MIXTRAL_ERROR_INVALID_ARGUMENT, "mixtral_context_create: reserved: expected 0, got %d", options->reserved);
   mixtral_context made = {};
   made.device_type = options->device_type;
   made.device_index = options->device_index;

@@ -7,6 +7,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_grouped_gemm_
   Check c("mixtral_grouped_gemm_swiglu", context, params, sizeof *params);
   if (!c.ok()) return c.status();
   const mixtral_grouped_gemm_swiglu_params &p = *params;
+  c.require(p.reserved == 0, "reserved: expected 0, got %d", p.reserved);
   c.tensor("a", p.a, {kAny, kAny}, kFloats, kStrided);
   if (!c.ok()) return c.status();
   c.tensor("w_gate_up", p.w_gate_up, {kAny, kAny, p.a.shape[1]}, kFloats, kStrided);

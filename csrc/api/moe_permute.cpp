@@ -8,6 +8,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_moe_permute_p
   Check c("mixtral_moe_permute", context, params, sizeof *params);
   if (!c.ok()) return c.status();
   const mixtral_moe_permute_params &p = *params;
+  c.require(p.reserved == 0, "reserved: expected 0, got %d", p.reserved);
   c.tensor("hidden", p.hidden, {kAny, kAny}, kFloats, kStrided);
   c.tensor("sorted_slots", p.sorted_slots, {kAny}, kI32, kContiguous);
   c.range("top_k", p.top_k, 1, MIXTRAL_MAX_TOP_K);

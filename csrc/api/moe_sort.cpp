@@ -7,6 +7,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_moe_sort_para
   Check c("mixtral_moe_sort", context, params, sizeof *params);
   if (!c.ok()) return c.status();
   const mixtral_moe_sort_params &p = *params;
+  c.require(p.reserved == 0, "reserved: expected 0, got %d", p.reserved);
   c.tensor("topk_ids", p.topk_ids, {kAny, kAny}, kI32OrI64, kStrided);
   if (!c.ok()) return c.status();
   const int64_t tokens = p.topk_ids.shape[0], top_k = p.topk_ids.shape[1];

@@ -7,6 +7,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_rolling_atten
   Check c("mixtral_rolling_attention", context, params, sizeof *params);
   if (!c.ok()) return c.status();
   const mixtral_rolling_attention_params &p = *params;
+  c.require(p.reserved == 0, "reserved: expected 0, got %d", p.reserved);
   c.tensor("q", p.q, {kAny, kAny, kAny}, kFloats, kStrided);
   if (!c.ok()) return c.status();
   const int64_t tokens = p.q.shape[0], heads = p.q.shape[1], head_dim = p.q.shape[2];

@@ -1,0 +1,90 @@
+"""The C API from C programs, compiled as strict C99 against the installed package through CMake and through pkg-config."""
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SOURCES = Path(__file__).parent / "c"
+STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+TEST_SOURCES = ["test_c_api.c", "test_values.c", "test_attention_values.c", "test_bad_arguments.c", "cases.c"]
+
+
+def run(*command, **kwargs):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **kwargs)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=["cmake", "pkg-config"])
+def programs(request, c_prefix, tmp_path_factory):
+    """A function that runs the program of that name."""
+    build = tmp_path_factory.mktemp(request.param)
+    if request.param == "cmake":
+        run("cmake", "-S", SOURCES, "-B", build, f"-DCMAKE_PREFIX_PATH={c_prefix}", "-DCMAKE_C_FLAGS=" + " ".join(STRICT))
+        run("cmake", "--build", build)
+    else:
+        if not shutil.which("pkg-config"):
+            pytest.skip("pkg-config is not installed")
+        paths = dict(os.environ, PKG_CONFIG_PATH=str(c_prefix / "lib/pkgconfig"))
+        flags = [flag.replace("\\ ", " ") for flag in re.split(r"(?<!\\)\s+", run("pkg-config", "--cflags", "--libs", "mixtral_ext", env=paths).strip())]
+        assert run("pkg-config", "--modversion", "mixtral_ext", env=paths).strip() == "0.1.0"
+        sources = [SOURCES / source for source in TEST_SOURCES]
+        run("cc", *STRICT, SOURCES / "example.c", *flags, "-o", build / "example")
+        run("cc", *STRICT, *sources, *flags, "-lm", "-pthread", "-o", build / "test_c_api")
+    # CMake put the library's place into the program; pkg-config leaves that to the user.
+    environment = dict(os.environ) if request.param == "cmake" else dict(os.environ, LD_LIBRARY_PATH=str(c_prefix / "lib"))
+    return lambda name, *arguments: run(build / name, *arguments, env=environment)
+
+
+@pytest.mark.parametrize("part", ["values", "errors", "context", "threads"])
+def test_c_api(programs, part):
+    programs("test_c_api", part)
+
+
+def test_example(programs):
+    """The example's numbers are those of the formulas on the arrays it fills."""
+    T, E, K, H, I = 4, 8, 2, 64, 128
+
+    def filled(*shape):
+        count = np.arange(np.prod(shape))
+        return (np.float32(count * 7919 % 1000) / np.float32(1000) - np.float32(0.5)).astype(np.float64).reshape(shape)
+
+    logits, hidden, w_gate_up, w_down = filled(T, E), filled(T, H), filled(E, 2 * I, H), filled(E, H, I)
+    lines = programs("example").splitlines()
+    assert len(lines) == T
+    for t, line in enumerate(lines):
+        ids = np.argsort(-logits[t], kind="stable")[:K]
+        weights = np.exp(logits[t, ids]) / np.exp(logits[t, ids]).sum()
+        out = np.zeros(H)
+        for e, weight in zip(ids, weights):
+            gate, up = np.split(w_gate_up[e] @ hidden[t], 2)
+            out += weight * (w_down[e] @ (gate / (1 + np.exp(-gate)) * up))
+        numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", line)]
+        expected = [t, ids[0], weights[0], ids[1], weights[1], out[0], out[1]]
+        assert numbers == pytest.approx(expected, abs=6e-4)
+        assert numbers[5:] == pytest.approx(expected[5:], rel=1e-4)
+
+
+def test_package_needs_nothing_else(c_prefix, build_tree):
+    """Neither the targets file nor pkg-config ask a program to link more than the library, or know where it was built."""
+    files = [*c_prefix.glob("lib/cmake/mixtral_ext/*.cmake"), c_prefix / "lib/pkgconfig/mixtral_ext.pc"]
+    assert len(files) == 5
+    for file in files:
+        text = file.read_text()
+        for word in ("cudart", "CUDA::", "INTERFACE_LINK_LIBRARIES", "LINK_DEPENDENT", str(build_tree), str(SOURCES.parents[1]), "/first"):
+            assert word not in text, (file, word)
+    assert (c_prefix / "lib/libmixtral_ext.so").resolve() == (c_prefix / "lib/libmixtral_ext.so.0").resolve()
+    assert [file.name for file in (c_prefix / "include").iterdir()] == ["mixtral_ext.h"]
+
+
+@pytest.mark.parametrize("asked, found", [("0.1", True), ("0.1.0", True), ("0.2", False), ("1.0", False)])
+def test_package_version(c_prefix, tmp_path, asked, found):
+    (tmp_path / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.16)\nproject(p LANGUAGES C)\n"
+                                             f"find_package(mixtral_ext {asked} CONFIG REQUIRED)\n")
+    done = subprocess.run(["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={c_prefix}"],
+                          capture_output=True, text=True)
+    assert (done.returncode == 0) == found, done.stderr
