@@ -1,0 +1,140 @@
+"""python -m mixtral_model generate|inspect|demo: see --help of each."""
+import argparse
+import dataclasses
+import sys
+
+from .config import ModelError, read_config
+
+DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="mixtral_model", description="Mistral and Mixtral on the ops of mixtral_ext")
+    commands = parser.add_subparsers(required=True, metavar="generate | inspect | demo")
+
+    command = commands.add_parser("generate", help="continue one or more prompts")
+    command.set_defaults(run=_generate)
+    command.add_argument("--checkpoint", required=True, metavar="DIR", help="transformers or Mistral layout, safetensors")
+    command.add_argument("--prompt", action="append", default=[], help="may be given several times: a batch")
+    command.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt from a UTF-8 file")
+    command.add_argument("--chat", action="store_true", help="wrap each prompt in the tokenizer's instruct template")
+    command.add_argument("--max-tokens", type=int, default=128)
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--chunk-size", type=int, default=2048, help="prompt tokens per pass and prompt")
+    command.add_argument("--logprobs", action="store_true", help="print log-probabilities of prompt and new tokens")
+    command.add_argument("--dtype", choices=DTYPES, help="default: that of the checkpoint")
+
+    command = commands.add_parser("inspect", help="configuration, parameters and cache bytes; needs no weights")
+    command.set_defaults(run=_inspect)
+    command.add_argument("checkpoint", metavar="DIR")
+
+    command = commands.add_parser("demo", help="a small seeded Mixtral on a long text, beside transformers")
+    command.set_defaults(run=_demo)
+    command.add_argument("--output", default="demo", metavar="DIR", help="for the checkpoint and the plot (default: demo)")
+
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ModelError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def loading_bar(directory):
+    """A progress callback for Model.load that draws a bar."""
+    from tqdm import tqdm
+    bar = tqdm(desc=f"loading {directory}", unit=" tensors", leave=False)
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+    return progress
+
+
+def _read_prompt(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: expected UTF-8 text: {error}") from None
+
+
+def _generate(arguments) -> None:
+    config = read_config(arguments.checkpoint)  # a wrong directory is reported before torch is loaded
+    texts = arguments.prompt + [_read_prompt(path) for path in arguments.prompt_file]
+    if not texts:
+        raise ModelError("no prompt: give --prompt or --prompt-file")
+    import torch
+    from tqdm import tqdm
+
+    from .generate import Speed, generate
+    from .model import Model
+    from .tokenizer import TextStream, Tokenizer
+    tokenizer = Tokenizer(arguments.checkpoint, config.bos_id)
+    prompts = [(tokenizer.encode_chat if arguments.chat else tokenizer.encode)(text) for text in texts]
+    dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
+    model = Model.load(arguments.checkpoint, dtype, loading_bar(arguments.checkpoint))
+
+    streams = [TextStream(tokenizer, prompt) for prompt in prompts]
+    bar = tqdm(desc="prefill", total=sum(map(len, prompts)), unit=" tokens", leave=False)
+    speed = Speed(prompts)
+
+    def on_token(i: int, token: int) -> None:
+        bar.close()
+        speed.token()
+        if len(prompts) == 1:
+            print(streams[0].push(token), end="", flush=True)
+
+    eos_ids = config.eos_ids or [tokenizer.eos_id]
+    results = generate(model, prompts, arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p,
+                       seed=arguments.seed, chunk_size=arguments.chunk_size, eos_ids=eos_ids,
+                       logprobs=arguments.logprobs, prompt_logprobs=arguments.logprobs, on_token=on_token, on_prefill=bar.update)
+    bar.close()
+    if len(prompts) == 1:
+        print()
+    for i, (prompt, result) in enumerate(zip(prompts, results)):
+        if len(prompts) > 1:
+            print(f"[{i}] {tokenizer.decode(prompt + result.token_ids)}")
+        if arguments.logprobs:
+            for kind, ids, logprobs in (("prompt", prompt[1:], result.prompt_logprobs), ("new", result.token_ids, result.logprobs)):
+                for token, logprob in zip(ids, logprobs):
+                    print(f"{kind:6} {token:6d} {logprob:10.4f}  {tokenizer.decode([token])!r}")
+    print(f"{speed.prompt_tokens} prompt tokens at {speed.prefill:.1f} tokens/s, {speed.new_tokens} new tokens at "
+          f"{speed.decode:.1f} tokens/s, {', '.join(result.finish_reason for result in results)}", file=sys.stderr)
+
+
+def _inspect(arguments) -> None:
+    config = read_config(arguments.checkpoint)
+    for field in dataclasses.fields(config):
+        print(f"{field.name:20} {getattr(config, field.name)}")
+    print()
+    print(f"{'parameters':20} {_count(config.parameters())} ({config.parameters():,})")
+    print(f"{'active per token':20} {_count(config.parameters(active=True))} ({config.parameters(active=True):,})")
+    print(f"{'weights in bf16':20} {_size(2 * config.parameters())}")
+    print("cache of one sequence in bf16")
+    if config.window is not None:
+        print(f"  {'with the window':18} {_size(config.cache_bytes(min(config.window, config.max_positions), 2))} "
+              f"({config.window} positions, however long the text)")
+    print(f"  {'without a window':18} {_size(config.cache_bytes(config.max_positions, 2))} ({config.max_positions} positions)")
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.1f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
+def _demo(arguments) -> None:
+    from .demo import demo
+    demo(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Chunked prefill, decoding and sampling for a batch of prompts of any lengths."""
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import ModelError
+from .model import Cache, Model
+
+
+@dataclass
+class Completion:
+    token_ids: list[int] = field(default_factory=list)          # new tokens, the end-of-sequence token included
+    finish_reason: str = "length"                               # or "eos"
+    logprobs: list[float] = field(default_factory=list)         # natural log of each new token's probability, if asked for
+    prompt_logprobs: list[float] = field(default_factory=list)  # of prompt tokens 1, 2, ..., if asked for
+
+
+def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
+             seed: int = 0, chunk_size: int = 2048, eos_ids: Iterable[int] | None = None, logprobs: bool = False,
+             prompt_logprobs: bool = False, on_token: Callable[[int, int], None] | None = None,
+             on_prefill: Callable[[int], None] | None = None, expert_load: Tensor | None = None) -> list[Completion]:
+    """Continues each prompt (token ids) by up to max_tokens tokens, or to the first of eos_ids (default: the model's).
+
+    temperature 0 is greedy. Prompt i draws from its own generator, seeded with seed + i, so its tokens do not depend on
+    the rest of the batch. At most chunk_size tokens of each prompt pass through the model at a time. Log-probabilities
+    are the model's own, before temperature and top_p; with max_tokens 0 a prompt is only scored.
+    on_token(i, token) is called for every new token of prompt i, on_prefill(n) whenever n more prompt tokens are done.
+    expert_load: see Model.forward."""
+    _check_request(model, prompts, max_tokens, temperature, top_p, chunk_size)
+    if not prompts:
+        return []
+    eos_ids = set(model.config.eos_ids if eos_ids is None else eos_ids)
+    cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_tokens)
+    results = [Completion() for _ in prompts]
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+
+    last = _prefill(model, cache, prompts, chunk_size, results if prompt_logprobs else None, on_prefill, expert_load)
+    active = list(range(len(prompts))) if max_tokens else []
+    hidden = last
+    while active:
+        logits = model.logits(hidden)  # [len(active), V]
+        tokens = sample(logits, temperature, top_p, [generators[i] for i in active])
+        scores = token_logprobs(logits, tokens).tolist() if logprobs else None
+        tokens = tokens.tolist()
+        for row, (i, token) in enumerate(zip(active, tokens)):
+            results[i].token_ids.append(token)
+            if logprobs:
+                results[i].logprobs.append(scores[row])
+            if token in eos_ids:
+                results[i].finish_reason = "eos"
+            if on_token:
+                on_token(i, token)
+        going = [(i, [token]) for i, token in zip(active, tokens)
+                 if token not in eos_ids and len(results[i].token_ids) < max_tokens]
+        active = [i for i, _ in going]  # finished sequences leave the batch
+        if active:
+            hidden = model.forward([chunk for _, chunk in going], cache, active, expert_load)
+    return results
+
+
+def _check_request(model, prompts, max_tokens, temperature, top_p, chunk_size):
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ModelError(f"temperature: expected 0 or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ModelError(f"top_p: expected more than 0 and at most 1, got {top_p}")
+    if max_tokens < 0:
+        raise ModelError(f"max_tokens: expected 0 or more, got {max_tokens}")
+    if chunk_size < 1:
+        raise ModelError(f"chunk_size: expected at least 1, got {chunk_size}")
+    vocabulary, limit = model.config.vocab_size, model.config.max_positions
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ModelError(f"prompt {i}: expected at least one token, got none")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise ModelError(f"prompt {i}: expected token ids from 0 to {vocabulary - 1}, got {min(prompt)} to {max(prompt)}")
+        if model.config.window is None and len(prompt) + max_tokens > limit:
+            raise ModelError(f"prompt {i}: expected at most {limit} positions (the model has no window), "
+                             f"got {len(prompt)} tokens and {max_tokens} to come")
+
+
+def _prefill(model: Model, cache: Cache, prompts, chunk_size, score_into, on_prefill, expert_load) -> Tensor:
+    """Runs all prompts into the cache -> hidden states of their last tokens [B, H]."""
+    last = [None] * len(prompts)
+    for start in range(0, max(map(len, prompts)), chunk_size):
+        slots = [i for i, prompt in enumerate(prompts) if start < len(prompt)]
+        chunks = [prompts[i][start:start + chunk_size] for i in slots]
+        hidden = model.forward(chunks, cache, slots, expert_load)
+        for i, rows in zip(slots, hidden.split([len(chunk) for chunk in chunks])):
+            if start + len(rows) == len(prompts[i]):
+                last[i] = rows[-1]
+            if score_into:
+                next_tokens = torch.tensor(prompts[i][start + 1:start + len(rows) + 1])
+                for r, t in zip(rows.split(256), next_tokens.split(256)):  # 256 rows of logits at a time bound the memory
+                    score_into[i].prompt_logprobs += token_logprobs(model.logits(r[:len(t)]), t).tolist()
+        if on_prefill:
+            on_prefill(len(hidden))
+    return torch.stack(last)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Natural log-probability f32 [N] of tokens [N] under logits [N, V]."""
+    logits = logits.float()
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
+    """One token for each row of logits [N, V]. top_p keeps the smallest set of likeliest tokens that reaches it."""
+    if temperature == 0:
+        return logits.argmax(1)
+    probabilities = (logits.float() / temperature).softmax(1)
+    order = None
+    if top_p < 1:
+        probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)
+    cumulative = probabilities.double().cumsum(1)
+    total = cumulative[:, -1:]
+    if order is not None:
+        kept = (cumulative - probabilities < top_p).sum(1, keepdim=True)
+        total = cumulative.gather(1, kept - 1)
+    draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    picked = torch.searchsorted(cumulative, draws * total, right=True)  # inverse of the distribution function
+    return (picked if order is None else order.gather(1, picked))[:, 0]
+
+
+class Speed:
+    """Times one generate(): pass its `token` as on_token (or call it there)."""
+
+    def __init__(self, prompts: list[list[int]]):
+        self.prompt_tokens, self.prompts, self.new_tokens = sum(map(len, prompts)), len(prompts), 0
+        self.start = self.first = self.last = time.perf_counter()
+
+    def token(self, prompt: int = 0, token: int = 0) -> None:
+        self.last = time.perf_counter()
+        self.new_tokens += 1
+        if self.new_tokens == 1:
+            self.first = self.last
+
+    @property
+    def prefill(self) -> float:
+        """Prompt tokens a second, up to the first new token."""
+        return self.prompt_tokens / max(self.first - self.start, 1e-9)
+
+    @property
+    def decode(self) -> float:
+        """New tokens a second after the first step of the batch."""
+        return max(self.new_tokens - self.prompts, 0) / max(self.last - self.first, 1e-9)

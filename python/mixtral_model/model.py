@@ -1,0 +1,100 @@
+"""The decoder: torch's norms, projections and embeddings around the ops of mixtral_ext, and its rolling cache.
+
+Shapes: T tokens of all sequences packed, H hidden, Hq/Hk heads, D head dim, C cache slots, E experts, V vocabulary.
+"""
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mixtral_ext
+
+from .config import ModelConfig, ModelError, read_config
+from .weights import Layer, Weights, load_weights
+
+
+class Cache:
+    """Keys (rotated) and values of each layer and sequence, position p in slot p % C: C is the window, or max_length
+    where the window does not bite within it."""
+
+    def __init__(self, config: ModelConfig, sequences: int, max_length: int, dtype: torch.dtype):
+        self.window = config.window if config.window is not None and config.window < max_length else None
+        self.capacity = self.window or max_length
+        shape = (config.num_layers, sequences, self.capacity, config.num_kv_heads, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype).unbind()
+        self.values = torch.empty(shape, dtype=dtype).unbind()
+        self.lengths = [0] * sequences  # tokens seen so far
+
+
+class Model:
+    def __init__(self, config: ModelConfig, weights: Weights):
+        self.config, self.weights = config, weights
+
+    @classmethod
+    def load(cls, directory: str | Path, dtype: torch.dtype | None = None,
+             progress: Callable[[int, int], None] | None = None) -> "Model":
+        """Loads a checkpoint directory (see load_weights)."""
+        config = read_config(directory)
+        return cls(config, load_weights(directory, config, dtype, progress))
+
+    def new_cache(self, sequences: int, max_length: int) -> Cache:
+        return Cache(self.config, sequences, max_length, self.weights.embed.dtype)
+
+    @torch.inference_mode()
+    def forward(self, chunks: list[list[int]], cache: Cache, slots: list[int], expert_load: Tensor | None = None) -> Tensor:
+        """The next tokens of some sequences -> hidden states [T, H], chunk after chunk.
+
+        chunks[b] (any length) continues the sequence in cache slot slots[b]. expert_load i64 [layers, E] is increased by
+        the number of tokens each expert gets."""
+        c, w = self.config, self.weights
+        counts = [len(chunk) for chunk in chunks]
+        lengths = [cache.lengths[slot] for slot in slots]
+        if cache.window is None and any(n + length > cache.capacity for n, length in zip(counts, lengths)):
+            raise ModelError(f"cache: expected at most {cache.capacity} tokens a sequence, got {max(map(sum, zip(counts, lengths)))}")
+        bounds = [0]
+        for n in counts:
+            bounds.append(bounds[-1] + n)
+        tokens = bounds[-1]
+        attention = dict(cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32),
+                         cache_lengths=torch.tensor(lengths, dtype=torch.int32),
+                         cache_slots=torch.tensor(slots, dtype=torch.int32),
+                         window=cache.window, max_seqlen_q=max(counts), max_cache_length=max(lengths),
+                         rope_theta=c.rope_theta, rope_interleaved=c.consolidated)
+        all_rows = torch.tensor([0, tokens], dtype=torch.int32)  # a dense MLP is one expert with every row
+        loads = []
+
+        x = F.embedding(torch.tensor([token for chunk in chunks for token in chunk]), w.embed)
+        for layer, keys, values in zip(w.layers, cache.keys, cache.values):
+            h = F.rms_norm(x, (c.hidden_size,), layer.attn_norm, c.norm_eps)
+            q = F.linear(h, layer.wq).view(tokens, c.num_heads, c.head_dim)
+            k = F.linear(h, layer.wk).view(tokens, c.num_kv_heads, c.head_dim)
+            v = F.linear(h, layer.wv).view(tokens, c.num_kv_heads, c.head_dim)
+            attended, _ = mixtral_ext.rolling_attention(q, k, v, keys, values, **attention)
+            x += F.linear(attended.view(tokens, -1), layer.wo)
+            h = F.rms_norm(x, (c.hidden_size,), layer.mlp_norm, c.norm_eps)
+            if layer.router is None:
+                x += _dense(layer, h, all_rows)
+            else:
+                # Routing and the sort in one op; its maps spare moe_experts the sort.
+                routing = mixtral_ext.moe_gate(F.linear(h, layer.router), c.top_k)
+                x += mixtral_ext.moe_experts(h, layer.gate_up, layer.down, *routing)
+                loads.append(routing[2])
+        for slot, n in zip(slots, counts):
+            cache.lengths[slot] += n
+        if expert_load is not None and loads:
+            expert_load += torch.stack(loads).diff()
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [N, H] -> logits [N, V] in the dtype of the weights."""
+        normed = F.rms_norm(hidden, (self.config.hidden_size,), self.weights.norm, self.config.norm_eps)
+        return F.linear(normed, self.weights.head)
+
+
+def _dense(layer: Layer, hidden: Tensor, all_rows: Tensor) -> Tensor:
+    """Mistral's MLP through the expert kernels: one weight format for both models, SwiGLU fused into the product."""
+    inner = mixtral_ext.grouped_gemm_swiglu(hidden, layer.gate_up, all_rows)
+    return mixtral_ext.grouped_gemm(inner, layer.down, all_rows)

@@ -1,0 +1,203 @@
+"""Reads a checkpoint directory of safetensors into the tensors the model uses.
+
+Experts are held as the ops want them: gate_up [E, 2I, H] (rows [gate; up]) and down [E, H, I]; a dense MLP is one expert.
+A tensor that lies so in the file is memory-mapped, never copied. The other layouts are copied piece by piece from the
+mapped file into the fused buffer, so loading never needs more memory than the weights.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import ModelConfig, ModelError, read_json
+
+
+@dataclass
+class Layer:
+    attn_norm: Tensor      # [H]
+    wq: Tensor             # [Hq*D, H]
+    wk: Tensor             # [Hk*D, H]
+    wv: Tensor             # [Hk*D, H]
+    wo: Tensor             # [H, Hq*D]
+    mlp_norm: Tensor       # [H]
+    gate_up: Tensor        # [E, 2I, H]
+    down: Tensor           # [E, H, I]
+    router: Tensor | None = None  # [E, H]; None: dense
+
+
+@dataclass
+class Weights:
+    embed: Tensor          # [V, H]
+    norm: Tensor           # [H]
+    head: Tensor           # [V, H]
+    layers: list[Layer]
+
+
+@dataclass
+class Piece:
+    """A tensor of the checkpoint and the part of the target it fills."""
+    name: str
+    shape: tuple[int, ...]
+    part: Callable[[Tensor], Tensor] | None = None  # None: it is the whole target
+
+
+@dataclass
+class Target:
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+
+class Checkpoint:
+    """The tensors of a directory, by name, mapped into memory."""
+
+    def __init__(self, directory: Path, stem: str):
+        index = directory / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ModelError(f"{index}: weight_map is missing")
+            paths = [directory / str(name) for name in sorted(set(weight_map.values()))]
+        else:
+            paths = sorted(directory.glob(f"{stem}*.safetensors"))
+        if not paths:
+            others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in directory.glob(pattern))
+            raise ModelError(f"{directory}: no {stem}*.safetensors" + (f"; only safetensors are read, not {others[0]}" if others else ""))
+        self.files = {}
+        for path in paths:
+            if not path.is_file():
+                raise ModelError(f"{path}: missing, but {index.name} names it")
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path}: corrupt or truncated: {error}") from None
+            for name in file.keys():
+                if name in self.files:
+                    raise ModelError(f"{path}: {name} is also in another file (model-parallel shards are not supported)")
+                self.files[name] = file
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        return self.files[name].get_slice(name).get_dtype()
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self.files[name].get_tensor(name)
+        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_TRANSFORMERS = dict(
+    embed="model.embed_tokens.weight", norm="model.norm.weight", head="lm_head.weight", layer="model.layers.{}.",
+    attn_norm="input_layernorm.weight", wq="self_attn.q_proj.weight", wk="self_attn.k_proj.weight",
+    wv="self_attn.v_proj.weight", wo="self_attn.o_proj.weight", mlp_norm="post_attention_layernorm.weight",
+    gate="mlp.gate_proj.weight", up="mlp.up_proj.weight", down="mlp.down_proj.weight")
+_CONSOLIDATED = dict(
+    embed="tok_embeddings.weight", norm="norm.weight", head="output.weight", layer="layers.{}.",
+    attn_norm="attention_norm.weight", wq="attention.wq.weight", wk="attention.wk.weight", wv="attention.wv.weight",
+    wo="attention.wo.weight", mlp_norm="ffn_norm.weight",
+    gate="feed_forward.w1.weight", up="feed_forward.w3.weight", down="feed_forward.w2.weight")
+
+
+def _plan(config: ModelConfig, present) -> tuple[dict[str, Target], list[dict[str, Target]]]:
+    """What fills each tensor of Weights and of each Layer, in the layout that the names present show."""
+    names = _CONSOLIDATED if config.consolidated else _TRANSFORMERS
+    h, d, v = config.hidden_size, config.head_dim, config.vocab_size
+
+    def whole(name, *shape):
+        return Target(shape, [Piece(name, shape)])
+
+    top = {"embed": whole(names["embed"], v, h), "norm": whole(names["norm"], h)}
+    if not config.tie_embeddings:
+        top["head"] = whole(names["head"], v, h)
+    layers = []
+    for i in range(config.num_layers):
+        prefix = names["layer"].format(i)
+        q, kv = config.num_heads * d, config.num_kv_heads * d
+        shapes = {"attn_norm": (h,), "wq": (q, h), "wk": (kv, h), "wv": (kv, h), "wo": (h, q), "mlp_norm": (h,)}
+        layer = {key: whole(prefix + names[key], *shape) for key, shape in shapes.items()}
+        layers.append(layer | (_experts(config, prefix, present) if config.num_experts else _dense(config, prefix, names)))
+    return top, layers
+
+
+def _dense(config, prefix, names):
+    i, h = config.intermediate_size, config.hidden_size
+    return {"gate_up": Target((1, 2 * i, h), [Piece(prefix + names["gate"], (i, h), lambda t: t[0, :i]),
+                                              Piece(prefix + names["up"], (i, h), lambda t: t[0, i:])]),
+            "down": Target((1, h, i), [Piece(prefix + names["down"], (h, i))])}
+
+
+def _experts(config, prefix, present):
+    e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
+    blocks = ("feed_forward", "block_sparse_moe") if config.consolidated else ("block_sparse_moe", "mlp")
+    block = next((b for b in blocks if any(f".{b}." in name for name in present)), blocks[0])
+    if any(name.endswith(f"{block}.experts.gate_up_proj") for name in present):  # fused, as transformers 5 holds them
+        gate_up = [Piece(f"{prefix}{block}.experts.gate_up_proj", (e, 2 * i, h))]
+        down = [Piece(f"{prefix}{block}.experts.down_proj", (e, h, i))]
+    elif any(name.endswith(f"{block}.w1") for name in present):  # stacked, w2 transposed
+        gate_up = [Piece(f"{prefix}{block}.w1", (e * i, h), lambda t: t[:, :i]),
+                   Piece(f"{prefix}{block}.w3", (e * i, h), lambda t: t[:, i:])]
+        down = [Piece(f"{prefix}{block}.w2", (e * i, h), lambda t: t.transpose(1, 2))]
+    else:  # per expert
+        expert = prefix + block + ".experts.{}.{}.weight"
+        gate_up = [piece for x in range(e) for piece in (
+            Piece(expert.format(x, "w1"), (i, h), lambda t, x=x: t[x, :i]),
+            Piece(expert.format(x, "w3"), (i, h), lambda t, x=x: t[x, i:]))]
+        down = [Piece(expert.format(x, "w2"), (h, i), lambda t, x=x: t[x]) for x in range(e)]
+    router = Piece(f"{prefix}{block}.gate.weight", (e, h))
+    return {"router": Target((e, h), [router]), "gate_up": Target((e, 2 * i, h), gate_up), "down": Target((e, h, i), down)}
+
+
+def _check(directory: Path, config: ModelConfig, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
+    def some(names):
+        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+    present, expected = checkpoint.files.keys(), {piece.name for piece in pieces}
+    missing = [piece.name for piece in pieces if piece.name not in present]
+    if missing:
+        raise ModelError(f"{directory}: incomplete checkpoint: {len(missing)} missing tensors: {some(missing)}")
+    harmless = {_TRANSFORMERS["head"], _CONSOLIDATED["head"]} if config.tie_embeddings else set()
+    unknown = sorted(n for n in present - expected - harmless if not n.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise ModelError(f"{directory}: {len(unknown)} unknown tensors: {some(unknown)}")
+    for piece in pieces:
+        if checkpoint.shape(piece.name) != piece.shape:
+            raise ModelError(f"{directory}: {piece.name}: expected shape {list(piece.shape)}, got {list(checkpoint.shape(piece.name))}")
+        if checkpoint.dtype(piece.name) not in _DTYPES:
+            raise ModelError(f"{directory}: {piece.name}: expected dtype {', '.join(_DTYPES)}, got {checkpoint.dtype(piece.name)}")
+
+
+def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype | None = None,
+                 progress: Callable[[int, int], None] | None = None) -> Weights:
+    """Weights in `dtype` (default: that of the embedding in the file). progress(done, total) counts tensors.
+
+    Every name, shape and dtype is checked before the first weight is read; ModelError says what is wrong."""
+    directory = Path(directory)
+    checkpoint = Checkpoint(directory, "consolidated" if config.consolidated else "model")
+    top, layers = _plan(config, checkpoint.files.keys())
+    pieces = [piece for group in (top, *layers) for target in group.values() for piece in target.pieces]
+    _check(directory, config, checkpoint, pieces)
+    dtype = dtype or _DTYPES[checkpoint.dtype(top["embed"].pieces[0].name)]
+    done = 0
+
+    def read(target: Target) -> Tensor:
+        nonlocal done
+        if target.pieces[0].part is None:
+            tensor = checkpoint.tensor(target.pieces[0].name).view(target.shape).to(dtype)
+        else:
+            tensor = torch.empty(target.shape, dtype=dtype)
+            for piece in target.pieces:
+                part = piece.part(tensor)
+                part.copy_(checkpoint.tensor(piece.name).view(part.shape))
+        done += len(target.pieces)
+        if progress:
+            progress(done, len(pieces))
+        return tensor
+
+    loaded = {key: read(target) for key, target in top.items()}
+    loaded.setdefault("head", loaded["embed"])
+    return Weights(**loaded, layers=[Layer(**{key: read(target) for key, target in layer.items()}) for layer in layers])
