@@ -44,3 +44,21 @@ def c_prefix(build_tree, tmp_path_factory):
     subprocess.run(["cmake", "--install", build_tree, "--component", "c", "--prefix", there], check=True, capture_output=True)
     there.rename(here)
     return here
+
+
+def _without_gpu():
+    try:
+        import torch
+    except ImportError:
+        return "needs torch with CUDA"
+    return None if torch.cuda.is_available() else "needs an NVIDIA GPU and a torch with CUDA; this machine has none"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and (reason := _without_gpu()):
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param

@@ -1,0 +1,132 @@
+"""Values of the torch ops in every form, against float64."""
+import pytest
+import torch
+
+import mixtral_ext
+from op_calls import CUDA_OPS, MUTATED, OPS, call, case, check_results, clone, forms, same_bits, small_cases
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def skip_unless_on(device, op, dtype=torch.bfloat16):
+    if device == "cuda" and op not in CUDA_OPS:
+        pytest.skip(f"{op} has no CUDA kernel yet")
+    if device == "cuda" and dtype == torch.float32:
+        pytest.skip("CUDA kernels take bfloat16 and float16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op, form", [(op, form) for op in OPS for form in forms(op)])
+def test_values(op, form, dtype, device):
+    skip_unless_on(device, op, dtype)
+    for c in small_cases(op, device, dtype):
+        inputs = c.inputs(dtype, device)
+        got = call(op, inputs, form)
+        try:
+            check_results(op, inputs, got, form)
+        except AssertionError as error:
+            raise AssertionError(f"case {c.name}") from error
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_for_any_thread_count_and_run(op):
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append([call(op, c.inputs(torch.bfloat16)) for c in small_cases(op)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for c, a, b in zip(small_cases(op), results[0], other):
+            for x, y in zip(a, b):
+                assert x is y is None or defined_bits_equal(op, c, x, y), c.name
+
+
+def defined_bits_equal(op, c, x, y):
+    """Results of the functional form that the contract leaves undefined are not compared."""
+    if op in ("moe_permute", "grouped_gemm", "grouped_gemm_swiglu"):
+        inputs = c.inputs(torch.bfloat16)
+        rows = int((inputs["sorted_slots"] >= 0).sum()) if op == "moe_permute" else int(inputs["expert_offsets"][-1])
+        x, y = x[:rows], y[:rows]
+    elif getattr(c, "tail", 0) and x.dim() < 4:
+        total = x.shape[0 if x.dim() == 3 else 1] - c.tail
+        x, y = (x[:total], y[:total]) if x.dim() == 3 else (x[:, :total], y[:, :total])
+    return same_bits(x, y)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "apply_rope"])
+def test_out_with_other_strides(op, device):
+    """Float results may have any outer strides; what lies between their rows is not touched."""
+    skip_unless_on(device, op)
+    c = case(op, "decode" if op == "rolling_attention" else "plain")
+    inputs = c.inputs(torch.bfloat16, device)
+    want = call(op, inputs, "out")
+    inputs = {k: clone(v) if k in MUTATED.get(op, ()) else v for k, v in inputs.items()}
+    storage, outs = [], []
+    for w in want[:len(want) - len(MUTATED.get(op, ()))]:
+        if w.dtype != torch.bfloat16:  # lse, weights and maps are contiguous
+            outs.append(torch.zeros_like(w))
+            continue
+        storage.append(torch.full((*w.shape[:-1], w.shape[-1] + 8), -3.0, dtype=w.dtype, device=device))
+        outs.append(storage[-1][..., :w.shape[-1]])
+    getattr(mixtral_ext, op)(**inputs, out=tuple(outs) if len(outs) > 1 else outs[0])
+    for o, w in zip(outs, want):
+        assert same_bits(o, w)
+    for s in storage:
+        assert (s[..., -8:] == -3.0).all()
+
+
+@pytest.mark.parametrize("op", ["sliding_window_attention", "rolling_attention"])
+def test_lse_may_be_left_out(op, device):
+    skip_unless_on(device, op)
+    c = case(op, "ragged" if op == "sliding_window_attention" else "chunks")
+    want = call(op, c.inputs(torch.float32, device), "out")
+    out = torch.full_like(want[0], 12345.0)
+    getattr(mixtral_ext, op)(**c.inputs(torch.float32, device), out=(out, None))
+    assert same_bits(out, want[0])
+
+
+def test_far_output_rows(device):
+    """Rows of the result more than 2^31 elements apart."""
+    c = case("moe_permute", "far")
+    inputs = c.inputs(torch.bfloat16, device)
+    out = torch.empty_like(inputs["hidden"], memory_format=torch.preserve_format)
+    far = torch.empty_strided(out.shape, inputs["hidden"].stride(), dtype=out.dtype, device=device)
+    mixtral_ext.moe_permute(**inputs, out=far)
+    assert torch.equal(far.contiguous(), inputs["hidden"][inputs["sorted_slots"].long()].contiguous())
+
+
+def test_rolling_attention_over_many_steps_is_sliding_window_attention():
+    """Prefill in uneven chunks, then decode, against one call over the whole sequence."""
+    torch.manual_seed(0)
+    tokens, capacity, window = 45, 12, 9
+    q, k, v = (torch.randn(tokens, heads, 64) for heads in (4, 2, 2))
+    want, want_lse = mixtral_ext.sliding_window_attention(q, k, v, window=window)
+    k_cache, v_cache = (torch.full((1, capacity, 2, 64), float("nan")) for _ in range(2))
+    done = 0
+    for n in (1, 7, 12, 20, 1, 1, 1, 2):
+        out, lse = mixtral_ext.rolling_attention(
+            q[done:done + n], k[done:done + n], v[done:done + n], k_cache, v_cache,
+            torch.tensor([0, n], dtype=torch.int32), torch.tensor([done], dtype=torch.int32), window=window)
+        torch.testing.assert_close(out, want[done:done + n], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse, want_lse[:, done:done + n], rtol=1e-5, atol=1e-5)
+        done += n
+    assert done == tokens
+
+
+@pytest.mark.gpu
+def test_current_stream_and_device():
+    """The op runs on the stream that is current, and leaves the current device alone."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    inputs = case("moe_permute", "wide").inputs(torch.bfloat16, device)
+    want = inputs["hidden"][inputs["sorted_slots"].long() // 2]
+    stream = torch.cuda.Stream(device)
+    before = torch.cuda.current_device()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        hidden = inputs["hidden"].clone()
+        rows = mixtral_ext.moe_permute(hidden, inputs["sorted_slots"], 2)
+    stream.synchronize()
+    assert torch.cuda.current_device() == before and torch.equal(rows, want)
