@@ -145,6 +145,7 @@ def test_writes_are_seen_by_autograd():
         loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in NoBackwardBackward")
 def test_compiled_backward_raises():
     torch._dynamo.reset()
     hidden = torch.randn(3, 64, requires_grad=True)
