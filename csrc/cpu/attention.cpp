@@ -17,24 +17,42 @@ int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align(int64_t bytes) { return divide_up(bytes, 64) * 64; }
 
-// Spans of equal length (but the last) that `keys` are split into: a function of the length alone.
-int64_t span_keys(int64_t keys) { return max(kSpanKeys, align(divide_up(keys, kMaxSpans))); }
-int64_t span_count(int64_t keys) { return max(1, divide_up(keys, span_keys(keys))); }
+// A sequence's keys are split into spans of equal length (but the last). Few-rows tasks are bound by memory, and short
+// spans let one sequence use all cores; for a block of rows the partial results (1 KB a row) limit the number.
+struct Split {
+  int64_t least_keys, most_spans;
+};
+constexpr Split kFewSplit = {256, 32}, kBlockSplit = {1024, 8};
 
-int64_t max_partial_floats(const Problem &problem, const Bounds &bounds) {
-  if (problem.key_heads == 0) return 0;
-  const int64_t rows = min(bounds.queries * problem.group, bounds.sequences * kBlockRows) * problem.key_heads;
-  int64_t keys = bounds.keys;
-  if (problem.window) keys = min(keys, problem.window + min(bounds.rows_queries, kBlockRows) - 1);
-  const int64_t spans = min(kMaxSpans, divide_up(keys, kSpanKeys));
-  return spans > 1 ? rows * spans * partial_row(problem.head_dim) : 0;
-}
+int64_t span_keys(Split split, int64_t keys) { return max(split.least_keys, align(divide_up(keys, split.most_spans))); }
+int64_t span_count(Split split, int64_t keys) { return max(1, divide_up(keys, span_keys(split, keys))); }
 
-int64_t max_tasks(const Problem &problem, const Bounds &bounds) {
-  if (problem.key_heads == 0) return 0;
-  const int64_t blocks = bounds.queries * problem.group / kBlockRows + bounds.sequences;
-  const int64_t spans = min(kMaxSpans, max(1, divide_up(bounds.keys, kSpanKeys)));
-  return problem.key_heads * blocks * spans;
+// Upper bounds over all values that the index arrays may have.
+struct Sizes {
+  int64_t tasks, partial_floats;
+};
+
+Sizes sizes(const Problem &problem, const Bounds &bounds) {
+  if (problem.key_heads == 0 || problem.group == 0) return {0, 0};
+  const int64_t group = problem.group, longest = bounds.longest_queries;
+  const auto keys = [&](int64_t queries) {
+    return problem.window ? min(bounds.longest_keys, problem.window + queries - 1) : bounds.longest_keys;
+  };
+  const int64_t few_spans = min(kFewSplit.most_spans, max(1, divide_up(keys(1), kFewSplit.least_keys)));
+  const int64_t block_spans = min(kBlockSplit.most_spans, max(1, divide_up(keys(min(longest, kBlockRows)), kBlockSplit.least_keys)));
+  const bool few = group <= kFewGroup, blocks = !few || longest > 1;
+  Sizes s = {0, 0};
+  if (few) {
+    s.tasks += bounds.sequences * few_spans;
+    if (few_spans > 1) s.partial_floats += bounds.sequences * group * few_spans;
+  }
+  if (blocks) {
+    s.tasks += bounds.queries * group / kBlockRows + bounds.sequences * block_spans;
+    if (block_spans > 1) s.partial_floats += min(bounds.queries * group, bounds.sequences * kBlockRows) * block_spans;
+  }
+  s.tasks *= problem.key_heads;
+  s.partial_floats *= problem.key_heads * partial_row(problem.head_dim);
+  return s;
 }
 
 // Keys that some query of [first, last] sees.
@@ -57,15 +75,16 @@ void (*task_of(mixtral_arch arch))(const Task &) {
 
 void combine_rows(const Problem &problem, const Sequence &s, int64_t key_head) {
   const int64_t group = problem.group, rows = s.queries * group, stride = partial_row(problem.head_dim);
-  const float *partial = s.partial + key_head * s.spans * rows * stride;
+  const float *partial = s.partial + key_head * rows * stride;
+  const int64_t span = problem.key_heads * rows * stride;
   for (int64_t row = 0; row < rows; ++row) {
     float maximum = -INFINITY, weight = 0, sum[128] = {};
     for (int64_t i = 0; i < s.spans; ++i) {
-      const float *part = partial + (i * rows + row) * stride;
+      const float *part = partial + i * span + row * stride;
       maximum = part[problem.head_dim] > maximum ? part[problem.head_dim] : maximum;
     }
     for (int64_t i = 0; i < s.spans; ++i) {
-      const float *part = partial + (i * rows + row) * stride;
+      const float *part = partial + i * span + row * stride;
       if (part[problem.head_dim + 1] == 0) continue;  // saw no key
       const float factor = std::exp2(part[problem.head_dim] - maximum);
       weight += factor * part[problem.head_dim + 1];
@@ -107,36 +126,51 @@ mixtral_status check_bounds(const char *op, const char *name, const mixtral_tens
 }
 
 size_t workspace_size(const Problem &problem, const Bounds &bounds) {
-  return (size_t)(align(bounds.sequences * (int64_t)sizeof(Sequence)) + align(max_partial_floats(problem, bounds) * 4) +
-                  min(max_tasks(problem, bounds), kScratchSlots) * kScratchBytes);
+  const Sizes s = sizes(problem, bounds);
+  return (size_t)(align(bounds.sequences * (int64_t)sizeof(Sequence)) + align(s.partial_floats * 4) +
+                  min(s.tasks, kScratchSlots) * kScratchBytes);
 }
 
 Sequence *sequences(void *workspace) { return (Sequence *)workspace; }
 
 void run(const mixtral_context &context, Problem &problem, const Bounds &bounds, void *workspace) {
-  if (problem.key_heads == 0 || problem.query_heads == 0) return;
+  if (problem.key_heads == 0 || problem.group == 0) return;
   const int64_t group = problem.group;
   float *partial = (float *)((char *)workspace + align(bounds.sequences * (int64_t)sizeof(Sequence)));
-  char *scratch = (char *)partial + align(max_partial_floats(problem, bounds) * 4);
+  char *scratch = (char *)partial + align(sizes(problem, bounds).partial_floats * 4);
 
-  int64_t tasks = 0;
+  // Spans and partial results. Key heads that lie side by side are one few-rows task, unless that leaves too few tasks.
+  int64_t few_tasks = 0, few_heads = min(problem.key_heads, kFewRows / group);
   bool split = false;
   for (int64_t b = 0; b < problem.sequence_count; ++b) {
     Sequence &s = problem.sequences[b];
-    const int64_t rows = s.queries * group, blocks = divide_up(rows, kBlockRows);
-    s.first_task = tasks;
+    const int64_t rows = s.queries * group;
     s.spans = 1;
     s.partial = partial;
-    if (blocks == 1) {
+    if (rows > 0 && rows <= kBlockRows) {
       int64_t begin, end;
       visible(problem, s, 0, s.queries - 1, &begin, &end);
-      s.spans = span_count(end - begin);
+      const Split rule = is_few(problem, s) ? kFewSplit : kBlockSplit;
+      s.spans = span_count(rule, end - begin);
+      s.span_keys = span_keys(rule, end - begin);
     }
     if (s.spans > 1) {
       partial += problem.key_heads * s.spans * rows * partial_row(problem.head_dim);
       split = true;
     }
-    tasks += problem.key_heads * blocks * s.spans;
+    if (is_few(problem, s)) {
+      few_tasks += s.spans;
+      if (s.pieces[0].k_head > s.pieces[0].k_token) few_heads = 1;
+    }
+  }
+  while (few_heads > 1 && few_tasks * divide_up(problem.key_heads, few_heads) < kScratchSlots / 2) few_heads = divide_up(few_heads, 2);
+
+  int64_t tasks = 0;
+  for (int64_t b = 0; b < problem.sequence_count; ++b) {
+    Sequence &s = problem.sequences[b];
+    s.first_task = tasks;
+    const int64_t heads = is_few(problem, s) ? few_heads : 1;
+    tasks += divide_up(problem.key_heads, heads) * divide_up(s.queries * group, kBlockRows) * s.spans;
   }
 
   void (*const kernel)(const Task &) = task_of(context.arch);
@@ -145,14 +179,15 @@ void run(const mixtral_context &context, Problem &problem, const Bounds &bounds,
     while (high - low > 1) (problem.sequences[(low + high) / 2].first_task <= index ? low : high) = (low + high) / 2;
     const Sequence &s = problem.sequences[low];
     const int64_t rows = s.queries * group, blocks = divide_up(rows, kBlockRows), i = index - s.first_task;
-    const int64_t key_head = i / (blocks * s.spans), block = i / s.spans % blocks, span = i % s.spans;
-    Task task{problem, s, key_head, block * kBlockRows, min(rows, (block + 1) * kBlockRows), 0, 0, nullptr, area};
+    const int64_t heads = is_few(problem, s) ? few_heads : 1, key_head = i / (blocks * s.spans) * heads;
+    const int64_t block = i / s.spans % blocks, span = i % s.spans;
+    Task task{problem, s, key_head, min(problem.key_heads, key_head + heads), block * kBlockRows, min(rows, (block + 1) * kBlockRows),
+              0, 0, nullptr, area};
     visible(problem, s, task.row_begin / group, (task.row_end - 1) / group, &task.key_begin, &task.key_end);
     if (s.spans > 1) {
-      const int64_t length = span_keys(task.key_end - task.key_begin);
-      task.key_begin += span * length;
-      task.key_end = min(task.key_end, task.key_begin + length);
-      task.partial = s.partial + (key_head * s.spans + span) * rows * partial_row(problem.head_dim);
+      task.key_begin += span * s.span_keys;
+      task.key_end = min(task.key_end, task.key_begin + s.span_keys);
+      task.partial = s.partial + span * problem.key_heads * rows * partial_row(problem.head_dim);
     }
     kernel(task);
   };

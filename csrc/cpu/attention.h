@@ -1,18 +1,19 @@
 // What sliding_window_attention and rolling_attention share: the description of the work, and the kernels that do it.
 //
 // A row is one (query token, query head); the Hq/Hk heads of a key head's group are packed into rows, row = token * group
-// + head, so a key is read once for the whole group. A task is (sequence, key head, block of kBlockRows rows, span of
-// keys). Only sequences with one block of rows (decode, short chunks) split their keys, by a rule that looks at their own
-// length alone; spans leave partial results in the workspace, and a second pass combines them.
+// + head, so a key is read once for the whole group. A task is either (sequence, key head, block of kBlockRows rows) or,
+// for a sequence of a single query with a small group, (sequence, some key heads). Sequences with at most one block of rows
+// split their keys into spans, by a rule that looks at their own lengths alone; spans leave partial results in the
+// workspace, and a second pass combines them.
 #pragma once
 #include "../core/context.h"
 
 namespace mixtral::cpu::attention {
 
-constexpr int64_t kBlockRows = 192;   // a multiple of every kernel's row panel
-constexpr int64_t kSpanKeys = 512;    // keys a split task reads at least
-constexpr int64_t kMaxSpans = 16;
-constexpr int64_t kScratchSlots = 64; // tasks that can have scratch at a time
+constexpr int64_t kBlockRows = 192;    // a multiple of every kernel's row panel
+constexpr int64_t kFewGroup = 8;       // largest group of a few-rows task
+constexpr int64_t kFewRows = 64;       // rows of all its key heads
+constexpr int64_t kScratchSlots = 64;  // tasks that can have scratch at a time
 constexpr int64_t kScratchBytes = 352 * 1024;
 
 // Consecutive key positions that are evenly spaced in memory: position p lies p - begin tokens after k and v.
@@ -30,9 +31,9 @@ struct Sequence {
   char *out;
   float *lse;         // may be nullptr
   Piece pieces[3];    // ascending positions; unused ones are empty
-  int64_t first_task; // filled by run()
-  int64_t spans;
-  float *partial;
+  // Filled by run().
+  int64_t first_task, spans, span_keys;
+  float *partial;     // [spans][Hk][rows][partial_row]
 };
 
 struct Problem {
@@ -49,11 +50,11 @@ struct Problem {
 struct Task {
   const Problem &problem;
   const Sequence &sequence;
-  int64_t key_head;
-  int64_t row_begin, row_end;
-  int64_t key_begin, key_end;  // the union of what the rows see, or a span of it
-  float *partial;              // nullptr: write out and lse; else per row: D sums, their maximum score, their total weight
-  char *scratch;               // kScratchBytes, 64-byte aligned
+  int64_t key_head, key_head_end;  // one, except for a few-rows task
+  int64_t row_begin, row_end;      // of one key head
+  int64_t key_begin, key_end;      // the union of what the rows see, or a span of it
+  float *partial;  // nullptr: write out and lse; else [Hk][rows of the sequence] of D sums, maximum score, total weight
+  char *scratch;   // kScratchBytes, 64-byte aligned
 };
 
 // What scores are multiplied by, so that weights are powers of two; 0 selects 1/sqrt(D).
@@ -61,13 +62,14 @@ float log2_scale(double softmax_scale, int64_t head_dim);
 // Checks a cu_seqlens array: first 0, not decreasing, last <= tokens, no sequence longer than `longest` (0: any).
 mixtral_status check_bounds(const char *op, const char *name, const mixtral_tensor &bounds, int64_t tokens, int64_t longest);
 
+static inline bool is_few(const Problem &problem, const Sequence &s) { return s.queries == 1 && problem.group <= kFewGroup; }
 // Floats of a partial row.
 static inline int64_t partial_row(int64_t head_dim) { return head_dim + 2; }
 
 // Bounds that hold for every sequence, for the workspace.
 struct Bounds {
-  int64_t sequences, queries, rows_queries;  // sequences; queries of all sequences; of the longest
-  int64_t keys;                              // of the longest
+  int64_t sequences, queries;             // queries of all sequences
+  int64_t longest_queries, longest_keys;  // of one sequence
 };
 size_t workspace_size(const Problem &problem, const Bounds &bounds);
 // The place of the `bounds.sequences` descriptors, which the op fills before run().

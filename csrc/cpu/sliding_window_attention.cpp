@@ -73,7 +73,7 @@ mixtral_status sliding_window_attention(const mixtral_context &context, const mi
   a.sequences = attention::sequences(workspace);
   for (int64_t b = 0; b < limits.sequences; ++b) {
     // Offsets of the sequence's first query and key: in batches, tokens.
-    int64_t batch = 0, query = 0, key = 0, queries = limits.rows_queries, keys = limits.keys;
+    int64_t batch = 0, query = 0, key = 0, queries = limits.longest_queries, keys = limits.longest_keys;
     if (batched) {
       batch = b;
       key = p.k_start.data ? ((const int32_t *)p.k_start.data)[b] : 0;
