@@ -1,4 +1,6 @@
 """Values of the torch ops in every form, against float64."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -114,6 +116,17 @@ def test_rolling_attention_over_many_steps_is_sliding_window_attention():
         torch.testing.assert_close(lse, want_lse[:, done:done + n], rtol=1e-5, atol=1e-5)
         done += n
     assert done == tokens
+
+
+def test_calls_from_several_threads():
+    """Python threads share the CPU context: each gets what it would get alone."""
+    calls = [(op, case(op, name).inputs(torch.bfloat16)) for op, name in
+             (("moe_gate", "many_tokens"), ("moe_experts", "row_tile_edges"), ("sliding_window_attention", "window_tile_edges"))]
+    want = [call(op, inputs) for op, inputs in calls]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda c: call(*c), calls * 8))
+    for i, results in enumerate(got):
+        assert all(same_bits(a, b) for a, b in zip(results, want[i % len(calls)]))
 
 
 @pytest.mark.gpu

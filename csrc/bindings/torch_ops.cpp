@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -125,8 +126,6 @@ Tensor empty(const char *op, const Tensor &like, const int64_t (&shape)[ndim], i
 // sees the same tensors next, says what is wrong.
 int64_t size(const Tensor &t, int64_t dim) { return dim < t.dim() ? t.size(dim) : 0; }
 
-int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
-
 // One call of an op of the C API: converts its arguments, then runs it on their device.
 class Call {
  public:
@@ -161,7 +160,7 @@ class Call {
   // None is the C API's 0, so a 0 that was given means something else.
   template <class T>
   T or_zero(const char *name, const std::optional<T> &value) {
-    if (value && *value == 0) fail(name, "expected None or another value than 0, got 0");
+    if (value && *value == 0) fail(name, "expected None or a value other than 0, got 0");
     return value.value_or(0);
   }
 
@@ -234,7 +233,7 @@ void moe_gate_out(const Tensor &router_logits, int64_t top_k, bool renormalize, 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_gate(const Tensor &router_logits, int64_t top_k, bool renormalize) {
   const char *op = "mixtral_moe_gate";
   const int32_t i32 = aoti_torch_dtype_int32();
-  const int64_t tokens = size(router_logits, 0), k = clamp(top_k, 0, MIXTRAL_MAX_TOP_K);
+  const int64_t tokens = size(router_logits, 0), k = std::clamp<int64_t>(top_k, 0, MIXTRAL_MAX_TOP_K);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> r{
       empty(op, router_logits, {tokens, k}, aoti_torch_dtype_float32()), empty(op, router_logits, {tokens, k}, i32),
       empty(op, router_logits, {size(router_logits, 1) + 1}, i32), empty(op, router_logits, {tokens * k}, i32),
@@ -261,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_sort(const Tensor &topk_ids, int64_t num_
   const char *op = "mixtral_moe_sort";
   const int32_t i32 = aoti_torch_dtype_int32();
   const int64_t tokens = size(topk_ids, 0), k = size(topk_ids, 1);
-  std::tuple<Tensor, Tensor, Tensor> r{empty(op, topk_ids, {clamp(num_experts, 0, MIXTRAL_MAX_EXPERTS) + 1}, i32),
+  std::tuple<Tensor, Tensor, Tensor> r{empty(op, topk_ids, {std::clamp<int64_t>(num_experts, 0, MIXTRAL_MAX_EXPERTS) + 1}, i32),
                                        empty(op, topk_ids, {tokens * k}, i32), empty(op, topk_ids, {tokens, k}, i32)};
   moe_sort_out(topk_ids, num_experts, std::get<0>(r), std::get<1>(r), std::get<2>(r));
   return r;

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 HUGE = 2**31 - 1
+BLOCK = 2**24   # large tensors repeat so many random elements
 FAR = 2**30 + 8  # stride of `far` cases: the third row lies beyond 2^31 elements
 
 
@@ -42,7 +43,12 @@ class Maker:
     def normal(self, *shape, scale=1.0, padding=0, far=False, dtype=None):
         """Contiguous, or with `padding` NaN elements after each innermost row, or FAR apart in the first dimension."""
         t = self.empty(*shape, padding=padding, far=far, dtype=dtype)
-        return t.normal_(0, scale, generator=self.generator)
+        if t.numel() < 2 * BLOCK or not t.is_contiguous():
+            return t.normal_(0, scale, generator=self.generator)
+        block = torch.empty(BLOCK, dtype=t.dtype, device=t.device).normal_(0, scale, generator=self.generator)
+        for part in t.view(-1).split(BLOCK):  # a GB of new normal numbers takes 10 s on a CPU
+            part.copy_(block[:len(part)])
+        return t
 
     def empty(self, *shape, padding=0, far=False, dtype=None):
         """The same layouts, filled with NaN."""
