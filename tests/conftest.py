@@ -18,12 +18,24 @@ def lib():
     return c_api.Library()
 
 
-@pytest.fixture(scope="session", params=c_api.CPU_ARCHS)
-def cpu_build(request, lib):
-    """(library, architecture)"""
-    if request.param not in lib.archs():
-        pytest.skip(f"this machine has no {request.param}")
-    return lib, request.param
+@pytest.fixture(scope="session")
+def emulated_lib():
+    """The same sources with every x86 instruction set emulated (tests/emulated_isa)."""
+    source, build = ROOT / "tests/emulated_isa", ROOT / "build/emulated_isa"
+    subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", build, "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)
+    return c_api.Library(build / "libmixtral_ext_emulated.so")
+
+
+@pytest.fixture(scope="session", params=[f"{kind}-{arch}" for kind in ("native", "emulated") for arch in c_api.CPU_ARCHS
+                                         if (kind, arch) != ("emulated", "portable")])
+def cpu_build(request):
+    """(library, architecture): every CPU architecture, natively where the machine has it, and emulated."""
+    kind, arch = request.param.split("-")
+    library = request.getfixturevalue("emulated_lib" if kind == "emulated" else "lib")
+    if kind == "native" and arch not in library.archs():
+        pytest.skip(f"this machine has no {arch}")
+    return library, arch
 
 
 @pytest.fixture(scope="session")

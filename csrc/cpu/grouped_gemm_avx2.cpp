@@ -9,13 +9,19 @@ namespace mixtral::cpu {
 namespace {
 
 constexpr int kVectorBytes = 32, kTokens = 3;
+#include "grouped_gemm_vector.inc"
 
-inline __m256 widen_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)p)); }
+inline Vec widen_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)p)); }
 
+#include "grouped_gemm_operands.inc"
 #include "grouped_gemm_dot.inc"
 
 }  // namespace
 
-GemmKernel grouped_gemm_kernel_avx2(int32_t dtype) { return kernel_of(dtype); }
+GemmKernel grouped_gemm_kernel_avx2(int32_t dtype) {
+  if (dtype == MIXTRAL_DTYPE_BF16) return kernel<OperandBf16>();
+  if (dtype == MIXTRAL_DTYPE_F16) return kernel<OperandF16>();
+  return kernel<OperandF32>();
+}
 
 }  // namespace mixtral::cpu

@@ -8,11 +8,10 @@ namespace mixtral::cpu {
 namespace {
 
 constexpr int kVectorBytes = 16, kTokens = 2;
-typedef float Vec __attribute__((vector_size(kVectorBytes)));
+#include "grouped_gemm_vector.inc"
 
 // The exponent moves from bias 15 to 127 by a product with 2^112, which also normalises subnormals.
 inline Vec widen_f16(const uint16_t *p) {
-  typedef uint32_t Bits __attribute__((vector_size(16)));
   const Bits half = {p[0], p[1], p[2], p[3]};
   const Bits magnitude = (half & 0x7fffu) << 13;
   const Bits finite = (Bits)((Vec)magnitude * 0x1p112f);
@@ -20,10 +19,15 @@ inline Vec widen_f16(const uint16_t *p) {
   return (Vec)(value | (half & 0x8000u) << 16);
 }
 
+#include "grouped_gemm_operands.inc"
 #include "grouped_gemm_dot.inc"
 
 }  // namespace
 
-GemmKernel grouped_gemm_kernel_portable(int32_t dtype) { return kernel_of(dtype); }
+GemmKernel grouped_gemm_kernel_portable(int32_t dtype) {
+  if (dtype == MIXTRAL_DTYPE_BF16) return kernel<OperandBf16>();
+  if (dtype == MIXTRAL_DTYPE_F16) return kernel<OperandF16>();
+  return kernel<OperandF32>();
+}
 
 }  // namespace mixtral::cpu
