@@ -97,7 +97,7 @@ ALWAYS_INLINE Source source(const WeightTile &w, int64_t k, int64_t left, uint16
   memset(copy, 0, sizeof copy);
   for (int64_t i = 0; i < w.count; ++i)
     memcpy(copy[i], w.rows + i * w.stride + k, (size_t)(left < kStep ? left : kStep) * sizeof copy[i][0]);
-  asm volatile("" ::: "memory");  // the tile load does not tell the compiler that it reads memory
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);  // the tile load does not tell the compiler that it reads memory
   return {copy[0], kStep * 2};
 }
 
