@@ -113,16 +113,18 @@ def key_ranges(
     mask_function=causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
     **_,
 ) -> torch.Tensor | None:
     """transformers' mask function: the keys each sequence may see, as i32 [B, 1, 1, 2] of (first key, number of keys).
 
     Indices count in the key tensor that the cache hands to the attention, whose key 0 is token `kv_offset`. None means
-    all of its keys. The kernel aligns the last query with the last key of the range, so the range always ends at the
-    last query (token q_offset + q_length - 1): a static cache's unwritten keys stay outside, and so does nothing else.
-    Padding on the left moves the start. Padding on the right needs nothing: tokens before it do not see it, its own
-    rows are not used.
+    all of its keys; never without `allow_is_causal_skip`, so that a compiled step does not have to make its own mask.
+
+    The kernel aligns the last query with the last key of the range, so every range ends at the last query, token
+    q_offset + q_length - 1: the unwritten keys of a static cache stay outside. Padding on the left moves the start.
+    Padding on the right needs nothing: the tokens before it do not see it, and its own rows are not used.
     """
     plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
     _require(
@@ -130,11 +132,11 @@ def key_ranges(
         "plain causal or sliding-window attention",
         "another mask function (packed sequences, bidirectional or custom masks are not supported)",
     )
-    if local_size == 1:  # Every token sees itself alone; a dynamic cache keeps all keys and reports none.
+    if local_size == 1 and allow_is_causal_skip:  # Every token sees itself alone; a dynamic cache keeps all keys and reports none.
         return None
     end = q_offset + q_length - kv_offset
     if attention_mask is None:
-        if isinstance(end, int) and end == kv_length:
+        if allow_is_causal_skip and isinstance(end, int) and end == kv_length:
             return None
         return _pack(torch.zeros(batch_size, device=device), end)
 
@@ -148,7 +150,7 @@ def key_ranges(
     # The keys that some query can see. What lies before them does not matter, whatever the mask says.
     first = 0 if local_size is None else max(0, end - q_length - local_size + 1)
     visible = attention_mask[:, kv_offset + first : kv_offset + end].bool()  # [B, L]
-    if end == kv_length and bool(visible.all()):
+    if allow_is_causal_skip and end == kv_length and bool(visible.all()):
         return None
     starts = torch.nn.functional.pad(visible, (1, 0))[:, :-1].logical_not() & visible  # [B, L], where a run of ones begins
     _require(

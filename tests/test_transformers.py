@@ -1,0 +1,442 @@
+"""The drop-in inside transformers' own Mixtral and Mistral, against their eager implementation."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, MistralConfig, MixtralConfig, StaticCache
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+import mixtral_ext
+from mixtral_ext.integrations import transformers as integration
+
+VOCAB = 101
+FAMILIES = ["mixtral", "mistral"]
+WINDOWS = [None, 1, 4, 12, 40]  # prompts are 12 to 16 tokens long
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    integration.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny: on a busy machine, two threads spend their time waiting
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model(family, window, head_dim=64):
+    """A seeded two-layer model on the eager implementations. Weights large enough for clear-cut tokens and routing."""
+    common = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        sliding_window=window,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    experts = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
+    config = MistralConfig(**common) if family == "mistral" else MixtralConfig(**common, **experts)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def ours(model):
+    """A copy on our ops."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("mixtral_ext")
+    if model.config.model_type == "mixtral":
+        model.set_experts_implementation("mixtral_ext")
+        assert model.config._experts_implementation == "mixtral_ext"
+    assert model.config._attn_implementation == "mixtral_ext"
+    return model
+
+
+def prompts(padding, lengths=(16, 9, 12)):
+    """input_ids and attention_mask, [B, max length] on one side or one more on both."""
+    size = max(lengths) + (padding == "both")
+    ids, mask = torch.zeros(len(lengths), size, dtype=torch.long), torch.zeros(len(lengths), size, dtype=torch.long)
+    generator = torch.Generator().manual_seed(1)
+    for b, length in enumerate(lengths):
+        first = {"right": 0, "left": size - length, "both": (size - length) // 2}[padding]
+        ids[b, first : first + length] = torch.randint(2, VOCAB, (length,), generator=generator)
+        mask[b, first : first + length] = 1
+    return ids, mask
+
+
+def assert_same(actual, expected):
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= 2e-5, f"relative error {error}"
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("padding", ["left", "right", "both"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits(family, padding, window):
+    model = make_model(family, window)
+    ids, mask = prompts(padding)
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        assert_same(ours(model)(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected)
+        assert_same(ours(model)(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()], expected)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_head_dim_128(window):
+    model = make_model("mixtral", window, head_dim=128)
+    ids, mask = prompts("left")
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        assert_same(ours(model)(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected)
+
+
+CACHES = {
+    "dynamic": {},
+    "dynamic_unsized": {},  # a DynamicCache that was not told of the window keeps all keys
+    "static": {"cache_implementation": "static"},
+    "none": {"use_cache": False},
+    "chunked_prefill": {"prefill_chunk_size": 5},
+    "chunked_prefill_static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
+    "beams": {"num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("window", [None, 4, 12, 40])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family, cache, window):
+    """A batch of unequal prompts: the same tokens, and the same logits at every step."""
+    model = make_model(family, window)
+    ids, mask = prompts("left")
+    results = []
+    for candidate in (model, ours(model)):
+        arguments = dict(CACHES[cache])
+        if cache == "dynamic_unsized":
+            arguments["past_key_values"] = DynamicCache()
+        results.append(
+            candidate.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=14,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **arguments,
+            )
+        )
+    expected, actual = results
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert actual.sequences.shape == (3, 30)
+    assert_same(torch.stack(actual.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+def test_generate_with_window_1(cache):
+    """Against eager without a cache: transformers' dynamic cache keeps all keys then, and eager attends to them."""
+    model = make_model("mixtral", 1)
+    ids, mask = prompts("left")
+    arguments = dict(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert torch.equal(ours(model).generate(**arguments, **CACHES[cache]), model.generate(**arguments, use_cache=False))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("static", [False, True])
+def test_generate_one_prompt_without_a_mask(static, window):
+    model = make_model("mixtral", window)
+    ids = prompts("left")[0][:1]
+    arguments = dict(max_new_tokens=10, do_sample=False, **({"cache_implementation": "static"} if static else {}))
+    assert torch.equal(ours(model).generate(ids, **arguments), model.generate(ids, **arguments))
+
+
+def test_generate_with_a_compiled_step():
+    """transformers compiles the decoding step of a static cache where it runs on a GPU; here it is told to."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    model = make_model("mixtral", None)
+    ids, mask = prompts("left")
+    compiled = CompileConfig(backend=backend, mode=None, dynamic=False, fullgraph=True)
+    compiled._compile_all_devices = True
+    arguments = dict(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, cache_implementation="static")
+    torch._dynamo.reset()
+    tokens = ours(model).generate(**arguments, compile_config=compiled)
+    assert torch.equal(tokens, model.generate(**arguments))
+    assert len(graphs) == 1 and all(graphs[0].count(f"{op}(") == 2 for op in ("moe_experts", "sliding_window_attention"))
+
+
+def step_by_step(model, ids, mask, cache, chunks):
+    """Logits of feeding ids in chunks, with the mask of all tokens so far."""
+    logits, first = [], 0
+    with torch.no_grad():
+        for size in chunks:
+            out = model(
+                input_ids=ids[:, first : first + size],
+                attention_mask=mask[:, : first + size],
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, first : first + size],
+                past_key_values=cache,
+            )
+            logits.append(out.logits)
+            first += size
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("chunks", [(16,), (1,) * 16, (5, 5, 5, 1), (3, 1, 1, 8, 3)])
+@pytest.mark.parametrize("window", [None, 4, 7])
+@pytest.mark.parametrize("static", [False, True])
+def test_chunks(static, window, chunks):
+    model = make_model("mistral", window)
+    ids, mask = prompts("left")
+    logits = []
+    for candidate in (model, ours(model)):
+        cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+        logits.append(step_by_step(candidate, ids, mask, cache, chunks)[mask.bool()])
+    assert_same(logits[1], logits[0])
+
+
+def test_decoding_after_right_padding():
+    """Padding between tokens is refused while a query can see it, and right once the window has passed it."""
+    model = make_model("mixtral", 4)
+    ids, mask = prompts("right", lengths=(8, 6))
+    ids, mask = torch.cat([ids, ids[:, :6] + 1], 1), torch.cat([mask, torch.ones(2, 6, dtype=torch.long)], 1)
+    for size in (8, 13):  # the prompt; the prompt and 5 new tokens
+        with pytest.raises(ValueError, match="padding between tokens"):
+            step_by_step(ours(model), ids, mask, DynamicCache(config=model.config), (8, 1) if size == 8 else (size,))
+    # Positions 6 and 7 of the second prompt are padding; the queries at 11 and later see 8 and later.
+    logits = []
+    for candidate in (model, ours(model)):
+        cache = DynamicCache(config=model.config)
+        step_by_step(model, ids, mask, cache, (8, 3))
+        with torch.no_grad():
+            logits.append(candidate(input_ids=ids[:, 11:], attention_mask=mask, past_key_values=cache).logits)
+    assert_same(logits[1], logits[0])
+
+
+def test_finished_sequences_may_be_masked():
+    """A 0 for a new token means that its row is not used, not that the mask has a hole."""
+    model = make_model("mistral", None)
+    ids, mask = prompts("right", lengths=(8, 6))
+    logits = [step_by_step(m, ids, mask, DynamicCache(), (6, 1, 1))[mask.bool()] for m in (model, ours(model))]
+    assert_same(logits[1], logits[0])
+
+
+def test_sequence_of_padding_only():
+    model = make_model("mixtral", None)
+    ids, mask = prompts("left", lengths=(5, 0))
+    with torch.no_grad():
+        logits = ours(model)(input_ids=ids, attention_mask=mask).logits
+        expected = model(input_ids=ids, attention_mask=mask).logits
+    assert_same(logits[0], expected[0])
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_error(family):
+    """Logits of given tokens are no further from float64 than twice eager's own error in bf16."""
+    model = make_model(family, 24)
+    if family == "mixtral":
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.data *= 8  # clear-cut routing: rounding hardly ever changes an expert
+    ids = torch.randint(2, VOCAB, (8, 64), generator=torch.Generator().manual_seed(2))
+    low = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        expected = copy.deepcopy(low).double()(input_ids=ids).logits
+        errors = [(m(input_ids=ids).logits.double() - expected).norm() / expected.norm() for m in (low, ours(low))]
+    assert 0 < errors[1] <= 2 * errors[0]
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_keys_and_values_are_not_copied(monkeypatch, window):
+    """The op reads the cache's own memory, and nothing on the way copies a tensor of more than B elements."""
+    op, pointers = mixtral_ext.sliding_window_attention, []
+
+    def recorded(q, k, v, **arguments):
+        pointers.append((q.data_ptr(), k.data_ptr(), v.data_ptr()))
+        return op(q, k, v, **arguments)
+
+    monkeypatch.setattr(mixtral_ext, "sliding_window_attention", recorded)
+    query = torch.randn(3, 5, 4, 64).transpose(1, 2)  # as a projection leaves it
+    key, value = torch.randn(2, 3, 2, 24, 64)  # a static cache
+    ranges = integration.key_ranges(3, 5, 24, q_offset=torch.tensor(11), attention_mask=prompts("left")[1].bool())
+    ranges = ranges.contiguous()  # as generate does
+    with torch.profiler.profile(record_shapes=True) as profile:
+        integration.attention(SimpleNamespace(), query, key, value, ranges, sliding_window=window)
+    assert pointers == [(query.data_ptr(), key.data_ptr(), value.data_ptr())]
+    copies = [e for e in profile.events() if e.name in ("aten::copy_", "aten::clone", "aten::_to_copy")]
+    assert all(e.input_shapes[0] == [3] for e in copies), [(e.name, e.input_shapes) for e in copies]
+
+    model = ours(make_model("mistral", window))
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    step_by_step(model, *prompts("left"), cache, (15, 1))
+    assert [p[1:] for p in pointers[-2:]] == [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+
+
+# ------------------------------------------------------------------------------------------------------------- experts
+
+
+def make_experts(dtype=torch.float32, **changes):
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=48, num_local_experts=4, experts_implementation="eager", **changes
+    )
+    torch.manual_seed(3)
+    experts = MixtralExperts(config).to(dtype)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return experts.requires_grad_(False)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 33])
+def test_experts_with_skip_markers(tokens):
+    """Index `num_experts` marks a slot of another rank: no contribution, whatever its weight."""
+    experts = make_experts()
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, 64, generator=generator)
+    ids = torch.rand(tokens, 5, generator=generator).argsort(-1)[:, :2]  # 4 is the marker
+    weights = torch.rand(tokens, 2, generator=generator)
+    out = integration.experts(experts, hidden, ids, weights)
+    assert_same(out, experts(hidden, ids, weights)) if tokens else None
+    assert out.shape == hidden.shape
+    poisoned = weights.masked_fill(ids == 4, torch.nan)
+    assert torch.equal(integration.experts(experts, hidden, ids, poisoned), out)
+
+
+def test_experts_take_low_precision_weights():
+    experts = make_experts(torch.bfloat16)
+    hidden = torch.randn(5, 64).bfloat16()
+    ids = torch.rand(5, 4).argsort(-1)[:, :2]
+    weights = torch.rand(5, 2).bfloat16()
+    expected = integration.experts(experts, hidden, ids, weights.float())
+    assert torch.equal(integration.experts(experts, hidden, ids, weights), expected)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("has_gate", False), ("has_bias", True), ("is_transposed", True), ("is_concatenated", False), ("has_post_expert_norm", True)],
+)
+def test_experts_of_other_kinds_are_refused(flag, value):
+    experts = make_experts()
+    setattr(experts, flag, value)
+    with pytest.raises(ValueError, match=flag):
+        integration.experts(experts, torch.zeros(1, 64), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2))
+
+
+def test_other_activations_are_refused():
+    with pytest.raises(ValueError, match="SiLU"):
+        integration.experts(
+            make_experts(hidden_act="gelu"), torch.zeros(1, 64), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2)
+        )
+
+
+def test_other_gating_is_refused():
+    class Clamped(MixtralExperts):
+        def _apply_gate(self, gate_up):
+            return gate_up.chunk(2, -1)[0]
+
+    experts = Clamped(make_experts().config)
+    with pytest.raises(ValueError, match="gating of Clamped"):
+        integration.experts(experts, torch.zeros(1, 64), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2))
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def call_attention(head_dim=64, mask=None, **arguments):
+    q, kv = torch.zeros(1, 2, 3, head_dim), torch.zeros(1, 1, 3, head_dim)
+    return integration.attention(SimpleNamespace(is_causal=True), q, kv, kv, mask, **arguments)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("dropout", 0.1),
+        ("softcap", 30.0),
+        ("s_aux", torch.zeros(2)),
+        ("position_bias", torch.zeros(1, 2, 3, 3)),
+        ("output_attentions", True),
+        ("is_causal", False),
+        ("cache", object()),
+        ("cu_seq_lens_q", torch.zeros(2, dtype=torch.int32)),
+        ("mask", torch.zeros(1, 1, 3, 3)),
+        ("mask", torch.ones(1, 1, 3, 3, dtype=torch.bool)),
+    ],
+)
+def test_attention_refuses_by_name(name, value):
+    call_attention()
+    with pytest.raises(ValueError, match={"mask": "attention_mask", "is_causal": "causal"}.get(name, name)):
+        call_attention(**{name: value})
+
+
+def test_other_head_dims_are_refused():
+    with pytest.raises(Exception, match="64 or 128.*got.*32"):
+        call_attention(head_dim=32)
+
+
+def test_masks_that_cannot_be_honoured_are_refused():
+    model = ours(make_model("mixtral", 8))
+    ids, mask = prompts("left")
+    holes = mask.clone()
+    holes[:, 12] = 0
+    for bad, message in (
+        (holes, "padding between tokens"),
+        (torch.zeros(3, 1, 16, 16), "prepared masks"),
+        (torch.ones(3, 1, 16, 16, dtype=torch.bool), "prepared masks"),
+        (mask[:, None], "2-D attention_mask"),
+        (mask[:, :10], "attention_mask of 16 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=ids, attention_mask=bad)
+    with pytest.raises(ValueError, match="packed sequences"):
+        model(input_ids=ids[:1], position_ids=torch.tensor([[*range(7), *range(9)]]), use_cache=False)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_bidirectional_attention_is_refused(window):
+    model = ours(make_model("mistral", window))
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match="bidirectional"):
+        model(input_ids=prompts("left")[0])
+
+
+def test_output_attentions_is_refused():
+    model = ours(make_model("mistral", None))
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(input_ids=prompts("left")[0], output_attentions=True)
+
+
+def test_training_raises_in_backward():
+    model = ours(make_model("mixtral", None))
+    loss = model(input_ids=prompts("left")[0]).logits.sum()
+    with pytest.raises(RuntimeError, match="mixtral_ext"):
+        loss.backward()
+
+
+# ------------------------------------------------------------------------------------------------------------ register
+
+
+def test_register_again_and_load_by_name(tmp_path):
+    integration.register()
+    integration.register()
+    model = make_model("mixtral", 6)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, experts_implementation="mixtral_ext", attn_implementation="mixtral_ext"
+    )
+    ids, mask = prompts("left")
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        assert_same(loaded(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected)
+
+
+def test_older_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(integration, "sdpa_mask", lambda batch_size, cache_position: None)
+    with pytest.raises(ImportError, match="q_offset"):
+        integration.register()
