@@ -188,7 +188,7 @@ class GroupedGemmCase(Case):
         rows, offsets = sum(self.segments), [0]
         for n in self.segments:
             offsets.append(offsets[-1] + n)
-        b = make.normal(len(self.segments), outer, self.inner, scale=self.inner**-0.5, padding=self.padding, far=self.far)
+        b = make.normal(len(self.segments), outer, self.inner, scale=max(1, self.inner)**-0.5, padding=self.padding, far=self.far)
         if not self.gather:
             a = make.normal(rows + self.tail, self.inner, padding=self.padding)
             a[rows:] = math.nan
@@ -231,9 +231,9 @@ class MoeExpertsCase(Case):
         ids = make.topk_ids(self.tokens, self.experts, self.top_k, self.routing, self.ids_dtype)
         args = dict(
             hidden=make.normal(self.tokens, self.hidden, padding=self.padding),
-            w_gate_up=make.normal(self.experts, 2 * self.intermediate, self.hidden, scale=self.hidden**-0.5,
+            w_gate_up=make.normal(self.experts, 2 * self.intermediate, self.hidden, scale=max(1, self.hidden)**-0.5,
                                   padding=self.padding),
-            w_down=make.normal(self.experts, self.hidden, self.intermediate, scale=2 * self.intermediate**-0.5,
+            w_down=make.normal(self.experts, self.hidden, self.intermediate, scale=2 * max(1, self.intermediate)**-0.5,
                                padding=self.padding),
             topk_weights=make.topk_weights(ids, (ids < 0) | (ids >= self.experts)),
             topk_ids=ids)
