@@ -65,7 +65,7 @@ def _read_prompt(path):
 
 
 def _generate(arguments) -> None:
-    config = read_config(arguments.checkpoint)  # a wrong directory is reported before torch is loaded
+    config = read_config(arguments.checkpoint)
     texts = arguments.prompt + [_read_prompt(path) for path in arguments.prompt_file]
     if not texts:
         raise ModelError("no prompt: give --prompt or --prompt-file")

@@ -88,6 +88,13 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def _object(content: dict, key: str, path: Path) -> dict:
+    value = content.get(key) or {}
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: {key}: expected an object, got {value!r}")
+    return value
+
+
 class _Reader:
     """Typed access to a JSON object, with errors that name file and key."""
 
@@ -121,8 +128,8 @@ def _from_transformers(content: dict, path: Path, generation: dict) -> ModelConf
         raise ModelError(f"{path}: unknown architecture: expected model_type mistral or mixtral, got {model_type!r} "
                          f"(architectures {content.get('architectures')})")
     mixtral = model_type == "mixtral"
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+    rope = _object(content, "rope_parameters", path) or _object(content, "rope_scaling", path)
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ModelError(f"{path}: rope scaling: expected none, got {rope}")
     if content.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{path}: hidden_act: expected silu, got {content['hidden_act']!r}")
@@ -134,6 +141,9 @@ def _from_transformers(content: dict, path: Path, generation: dict) -> ModelConf
     # transformers' defaults where a key is absent; an explicit null means no window
     window = get.integer("sliding_window", default=None) if "sliding_window" in content or mixtral else 4096
     eos = generation.get("eos_token_id", content.get("eos_token_id"))
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in eos):
+        raise ModelError(f"{path}: eos_token_id: expected integers, got {', '.join(map(repr, eos))}")
     return ModelConfig(
         vocab_size=get.integer("vocab_size"), hidden_size=hidden, intermediate_size=get.integer("intermediate_size"),
         num_layers=get.integer("num_hidden_layers"), num_heads=heads,
@@ -144,8 +154,7 @@ def _from_transformers(content: dict, path: Path, generation: dict) -> ModelConf
         num_experts=get.integer("num_local_experts") if mixtral else 0,
         top_k=get.integer("num_experts_per_tok") if mixtral else 0,
         tie_embeddings=bool(content.get("tie_word_embeddings", False)),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        bos_id=get.integer("bos_token_id", default=None))
+        eos_ids=tuple(eos), bos_id=get.integer("bos_token_id", default=None))
 
 
 _PARAMS = {"dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size", "rope_theta",
@@ -158,7 +167,7 @@ def _from_params(content: dict, path: Path) -> ModelConfig:
     unknown = sorted(key for key in content.keys() - _PARAMS if content[key])  # an unknown key may change the model
     if unknown:
         raise ModelError(f"{path}: unknown keys: {', '.join(unknown)}")
-    get, moe = _Reader(content, path), _Reader(content.get("moe") or {}, path)
+    get, moe = _Reader(content, path), _Reader(_object(content, "moe", path), path)
     window, dim, heads = get.integer("sliding_window", default=None), get.integer("dim"), get.integer("n_heads")
     return ModelConfig(
         vocab_size=get.integer("vocab_size"), hidden_size=dim, intermediate_size=get.integer("hidden_dim"),

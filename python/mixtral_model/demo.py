@@ -146,8 +146,10 @@ def _show_load(load: Tensor, output: Path) -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.add_subplot()
     layers, experts = share.shape
+    width = 0.8 / layers
     for layer, row in enumerate(share):
-        axes.bar(torch.arange(experts) + (layer - (layers - 1) / 2) * 0.8 / layers, 100 * row, 0.8 / layers, label=f"layer {layer}")
+        at = torch.arange(experts) + (layer - (layers - 1) / 2) * width
+        axes.bar(at.tolist(), (100 * row).tolist(), width, label=f"layer {layer}")
     axes.axhline(100 / experts, color="black", linewidth=0.8, linestyle="--", label="even")
     axes.set(xlabel="expert", ylabel="% of rows", xticks=range(experts), title="Expert load while reading and generating")
     figure.legend(ncols=layers + 1, fontsize="small", loc="outside lower center")

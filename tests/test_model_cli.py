@@ -1,0 +1,111 @@
+"""python -m mixtral_model: output, exit codes, and errors without a traceback."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mixtral_model import Model, Tokenizer, demo, generate
+from mixtral_model.__main__ import main
+from model_checkpoints import edit_json, mixtral_tokenizer, one_thread, tiny, write  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = write(tmp_path_factory.mktemp("checkpoint"), tiny(vocab_size=32000))
+    mixtral_tokenizer(directory)
+    return directory
+
+
+def _command(*arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "mixtral_model", *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def _expected(checkpoint, prompt, count, **settings):
+    tokenizer = Tokenizer(checkpoint)
+    ids = tokenizer.encode(prompt)
+    return ids, generate(Model.load(checkpoint), [ids], count, **settings)[0], tokenizer
+
+
+def test_generate_as_a_process(checkpoint):
+    result = _command("generate", "--checkpoint", checkpoint, "--prompt", "The window of attention", "--max-tokens", 6)
+    assert result.returncode == 0, result.stderr
+    ids, expected, tokenizer = _expected(checkpoint, "The window of attention", 6)
+    continued = tokenizer.decode(ids + expected.token_ids).removeprefix(tokenizer.decode(ids))
+    assert result.stdout == continued + "\n"
+    assert "loading" in result.stderr and "prefill" in result.stderr
+    assert f"{len(ids)} prompt tokens at " in result.stderr and "6 new tokens at " in result.stderr
+
+
+def test_an_error_as_a_process(checkpoint, tmp_path):
+    result = _command("generate", "--checkpoint", tmp_path / "nowhere", "--prompt", "x")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"error: {tmp_path}/nowhere: no such directory\n"
+
+
+def test_batch_from_files_with_sampling_and_log_probabilities(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("Zwei drei", encoding="utf-8")
+    main(["generate", "--checkpoint", str(checkpoint), "--prompt", "One", "--prompt-file", str(tmp_path / "prompt.txt"), "--max-tokens", "4",
+          "--temperature", "0.7", "--top-p", "0.9", "--seed", "5", "--chunk-size", "2", "--logprobs"])
+    lines = capsys.readouterr().out.splitlines()
+    for i, prompt in enumerate(("One", "Zwei drei")):
+        ids, expected, tokenizer = _expected(checkpoint, prompt, 4, temperature=0.7, top_p=0.9, seed=5 + i)
+        assert f"[{i}] {tokenizer.decode(ids + expected.token_ids)}" in "\n".join(lines)
+        new = [line.split()[1] for line in lines if line.startswith("new")][4 * i:4 * i + 4]
+        assert new == [str(token) for token in expected.token_ids]
+    assert sum(line.startswith("prompt") for line in lines) == len(Tokenizer(checkpoint).encode("One")) + len(Tokenizer(checkpoint).encode("Zwei drei")) - 2
+
+
+def test_chat_and_dtype(checkpoint, capsys):
+    main(["generate", "--checkpoint", str(checkpoint), "--prompt", "Hello world", "--chat", "--max-tokens", "0", "--dtype", "bf16"])
+    captured = capsys.readouterr()
+    assert captured.out == "\n" and "10 prompt tokens" in captured.err and "0 new tokens" in captured.err
+
+
+def test_stops_at_the_end_of_sequence(checkpoint, tmp_path, capsys):
+    ids, expected, tokenizer = _expected(checkpoint, "One", 5)
+    directory = write(tmp_path, tiny(vocab_size=32000))
+    mixtral_tokenizer(directory)
+    edit_json(directory / "config.json", eos_token_id=expected.token_ids[2])
+    (directory / "generation_config.json").unlink()
+    main(["generate", "--checkpoint", str(directory), "--prompt", "One", "--max-tokens", "5"])
+    stop = expected.token_ids.index(expected.token_ids[2]) + 1
+    assert f"{stop} new tokens" in (err := capsys.readouterr().err) and err.rstrip().endswith("eos")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompt-file", "/nonexistent/prompt.txt"], "No such file or directory: '/nonexistent/prompt.txt'"),
+    ([], "no prompt: give --prompt or --prompt-file"),
+    (["--prompt", "x", "--temperature", "-1"], "temperature: expected 0 or more"),
+    (["--prompt", "x", "--chunk-size", "0"], "chunk_size: expected at least 1"),
+])
+def test_errors_have_a_message_and_no_traceback(checkpoint, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["generate", "--checkpoint", str(checkpoint), *arguments])
+
+
+def test_a_prompt_beyond_the_positions(tmp_path):
+    directory = write(tmp_path, tiny(vocab_size=32000, window=None, max_position_embeddings=8))
+    mixtral_tokenizer(directory)
+    with pytest.raises(SystemExit, match="prompt 0: expected at most 8 positions"):
+        main(["generate", "--checkpoint", str(directory), "--prompt", "a b c d e f g h i j k"])
+
+
+def test_a_prompt_file_that_is_not_text(checkpoint, tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SystemExit, match="binary: expected UTF-8 text"):
+        main(["generate", "--checkpoint", str(checkpoint), "--prompt-file", str(tmp_path / "binary")])
+
+
+def test_demo_on_a_smaller_scale(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "CONFIG", demo.CONFIG | dict(hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+                                                           num_attention_heads=4, sliding_window=32))
+    monkeypatch.setattr(demo, "PROMPT_TOKENS", 128)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 8)
+    main(["demo", "--output", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "128 tokens, 4 windows" in output and "8 of 8" in output and "decode, bf16" in output
+    assert (tmp_path / "expert_load.png").stat().st_size > 1000
+    loads = [line.split()[2:] for line in output.splitlines() if line.startswith("layer ")]
+    assert len(loads) == 2 and all(sum(map(float, row)) == pytest.approx(100, abs=0.5) for row in loads)
