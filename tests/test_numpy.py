@@ -399,6 +399,6 @@ def test_all_this_without_torch(tmp_path):
 
     assert "No module named 'torch'" in python("-c", "import torch").stderr
     done = python("-c", "import mixtral_ext; mixtral_ext.moe_gate")
-    assert "install torch" in done.stderr and "mixtral_ext.numpy.moe_gate" in done.stderr
+    assert "install torch" in done.stderr and "mixtral_ext.numpy" in done.stderr
     done = python("-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
