@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,10 +23,13 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
                      "-DMIXTRAL_EXT_WITH_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += os.environ.get("CMAKE_ARGS", "").split()
+        # cmake and ninja as pip installs them lie beside this Python, which need not be on PATH.
+        env = os.environ | {"PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--component", "python", "--prefix", str(package)], check=True)
+        subprocess.run(configure, check=True, env=env)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True, env=env)
+        subprocess.run(["cmake", "--install", str(build), "--component", "python", "--prefix", str(package)],
+                       check=True, env=env)
 
 
 setup(ext_modules=[Extension("mixtral_ext_cmake", sources=[])], cmdclass={"build_ext": CMakeBuild})
