@@ -20,8 +20,8 @@ inline Vec widen_f16(const uint16_t *p) { return _mm512_maskz_cvtph_ps(0xffff, _
 }  // namespace
 
 GemmKernel grouped_gemm_kernel_avx512(int32_t dtype) {
-  if (dtype == MIXTRAL_DTYPE_BF16) return kernel<OperandBf16>();
-  if (dtype == MIXTRAL_DTYPE_F16) return kernel<OperandF16>();
+  if (dtype == MIXTRAL_DTYPE_BF16) return kernel<OperandBf16Pairs>();
+  if (dtype == MIXTRAL_DTYPE_F16) return kernel<OperandWidened<widen_f16>>();
   return kernel<OperandF32>();
 }
 

@@ -12,7 +12,7 @@ namespace {
 constexpr int kVectorBytes = 64, kTokens = 6;
 #include "grouped_gemm_vector.inc"
 
-struct OperandBf16Pairs {
+struct OperandBf16Dot {
   typedef uint16_t Stored;
   typedef uint16_t Packed;
   typedef __m512bh Register;
@@ -25,6 +25,6 @@ struct OperandBf16Pairs {
 
 }  // namespace
 
-GemmKernel grouped_gemm_kernel_avx512bf16() { return kernel<OperandBf16Pairs>(); }
+GemmKernel grouped_gemm_kernel_avx512bf16() { return kernel<OperandBf16Dot>(); }
 
 }  // namespace mixtral::cpu

@@ -25,8 +25,8 @@ inline Vec widen_f16(const uint16_t *p) {
 }  // namespace
 
 GemmKernel grouped_gemm_kernel_portable(int32_t dtype) {
-  if (dtype == MIXTRAL_DTYPE_BF16) return kernel<OperandBf16>();
-  if (dtype == MIXTRAL_DTYPE_F16) return kernel<OperandF16>();
+  if (dtype == MIXTRAL_DTYPE_BF16) return kernel<OperandBf16Pairs>();
+  if (dtype == MIXTRAL_DTYPE_F16) return kernel<OperandWidened<widen_f16>>();
   return kernel<OperandF32>();
 }
 

@@ -26,7 +26,7 @@ typedef unsigned short __mmask16;
 namespace emulated {
 
 template <class To, class From>
-inline To bits_as(From from) {
+inline To bits_as(const From &from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   memcpy(&to, &from, sizeof to);
@@ -76,6 +76,23 @@ inline __m256 _mm256_cvtph_ps(__m128i halves) {
   __m256 result;
   for (int i = 0; i < 8; ++i) result[i] = emulated::half_to_float((uint16_t)((uint64_t)halves[i / 4] >> 16 * (i % 4)));
   return result;
+}
+
+// VPMOVZXWD ymm, xmm
+inline __m256i _mm256_cvtepu16_epi32(__m128i words) {
+  uint16_t from[8];
+  uint32_t to[8];
+  memcpy(from, &words, sizeof from);
+  for (int i = 0; i < 8; ++i) to[i] = from[i];
+  return emulated::bits_as<__m256i>(to);
+}
+
+// VPSLLD ymm, ymm, imm8: counts above 31 give zero.
+inline __m256i _mm256_slli_epi32(__m256i values, int count) {
+  uint32_t lanes[8];
+  memcpy(lanes, &values, sizeof lanes);
+  for (uint32_t &lane : lanes) lane = count > 31 ? 0 : lane << count;
+  return emulated::bits_as<__m256i>(lanes);
 }
 
 // VCVTPH2PS zmm{k}{z}, ymm
