@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, MistralConfig, MixtralConfig, StaticCache
+from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mixtral_ext
@@ -191,16 +192,55 @@ def step_by_step(model, ids, mask, cache, chunks):
 
 
 @pytest.mark.parametrize("chunks", [(16,), (1,) * 16, (5, 5, 5, 1), (3, 1, 1, 8, 3)])
-@pytest.mark.parametrize("window", [None, 4, 7])
+@pytest.mark.parametrize("window", [None, 1, 4, 7])
 @pytest.mark.parametrize("static", [False, True])
 def test_chunks(static, window, chunks):
+    """Any chunking gives what eager gives for the whole prompt without a cache."""
     model = make_model("mistral", window)
     ids, mask = prompts("left")
-    logits = []
-    for candidate in (model, ours(model)):
-        cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
-        logits.append(step_by_step(candidate, ids, mask, cache, chunks)[mask.bool()])
-    assert_same(logits[1], logits[0])
+    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    logits = step_by_step(ours(model), ids, mask, cache, chunks)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert_same(logits[mask.bool()], expected[mask.bool()])
+
+
+def test_scaling_of_the_module():
+    model = make_model("mistral", 5)
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.31
+    ids, mask = prompts("right")
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        assert_same(ours(model)(input_ids=ids, attention_mask=mask).logits[mask.bool()], expected)
+
+
+def test_key_ranges():
+    """(first key, number of keys) by hand: 3 new tokens after 6 seen, one sequence padded by 2, one by 7 tokens."""
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[1, :2] = mask[2, :7] = False
+    sliding = dict(local_size=4, mask_function=sliding_window_causal_mask_function(4))
+
+    def ranges(*sizes, **arguments):
+        result = integration.key_ranges(3, *sizes, **arguments)
+        return None if result is None else (result.dtype, result.shape, result[:, 0, 0].tolist())
+
+    def expected(*pairs):
+        return torch.int32, (3, 1, 1, 2), [list(pair) for pair in pairs]
+
+    assert ranges(3, 9, q_offset=6) is None
+    assert ranges(3, 9, q_offset=6, attention_mask=mask[:1].expand(3, -1)) is None
+    assert ranges(3, 9, q_offset=6, attention_mask=mask) == expected((0, 9), (2, 7), (7, 2))
+    assert ranges(3, 20, q_offset=torch.tensor(6), attention_mask=mask) == expected((0, 9), (2, 7), (7, 2))  # static cache
+    assert ranges(3, 20, q_offset=torch.tensor(6)) == expected((0, 9), (0, 9), (0, 9))
+    # A window of 4 in a cache that keeps tokens 3 and later: the first query sees tokens 3 to 6.
+    assert ranges(3, 6, q_offset=6, kv_offset=3, attention_mask=mask, **sliding) == expected((0, 6), (0, 6), (4, 2))
+    assert ranges(3, 6, q_offset=6, kv_offset=3, attention_mask=mask[:1].expand(3, -1), **sliding) is None
+    # A compiled step always gets ranges, even where they say nothing.
+    assert ranges(3, 9, q_offset=6, allow_is_causal_skip=False) == expected((0, 9), (0, 9), (0, 9))
+    whole = mask[:1].expand(3, -1)
+    assert ranges(3, 9, q_offset=6, attention_mask=whole, allow_is_causal_skip=False) == expected((0, 9), (0, 9), (0, 9))
 
 
 def test_decoding_after_right_padding():

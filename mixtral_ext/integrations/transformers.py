@@ -6,8 +6,8 @@
 
 Masks: padding on the left, on the right or on both sides, full and sliding windows, any of transformers' caches. A
 mask with holes that a query can see, a 4-D mask, packed sequences, bidirectional attention and everything else our
-kernel would not honour is a ValueError. Rows of padding tokens hold other values than transformers' (zeros after the
-attention of a left padding token); nothing reads them.
+kernel would not honour is a ValueError. The rows of padding tokens hold other values than transformers'; nothing that
+counts reads them.
 
 Inference only: a forward pass under autograd works, its backward raises.
 """
@@ -158,8 +158,7 @@ def key_ranges(
         "an attention_mask of ones with padding at the ends",
         "padding between tokens (for decoding, pad prompts on the left)",
     )
-    begin = torch.where(visible.any(-1), starts.int().argmax(-1), visible.shape[1])
-    return _pack(first + begin, end)
+    return _pack(first + starts.int().argmax(-1), end)  # of padding alone: any range does
 
 
 def _pack(start: torch.Tensor, end: int | torch.Tensor) -> torch.Tensor:

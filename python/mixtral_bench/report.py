@@ -60,6 +60,7 @@ def plot(results: dict, path) -> None:
     axes.bar_label(axes.containers[0], fmt="%.2f", padding=2)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.margins(x=0.2)
     axes.set_xlabel(f"time, {OURS} = 1")
     axes.set_title(f"{results['machine']['device']}, {results['machine']['date'][:10]}", fontsize=10)
     figure.savefig(path, dpi=120)
