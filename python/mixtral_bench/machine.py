@@ -46,11 +46,12 @@ def read_bandwidth(size: int = 2**30) -> float:
 
 
 def matrix_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of torch's square matrix product of random numbers: the best of growing sizes, each a median of 3."""
+    """FLOP/s of torch's square matrix product a @ b.T (as in a linear layer; a @ b takes a slow path for bf16 on CPUs
+    without bf16 instructions) of random numbers: the best of growing sizes, each a median of 3."""
     best = 0.0
     for n in (256, 512, 1024, 2048, 4096):
         a, b = torch.randn(2, n, n).to(dtype)
-        seconds = median_seconds(lambda: a @ b, 3)
+        seconds = median_seconds(lambda: a @ b.T, 3)
         best = max(best, 2 * n**3 / seconds)
         if seconds > 0.3:
             break
