@@ -32,7 +32,7 @@ class Meter:
     """Measures rows; remembers each candidate's speed within a group, to leave out what would run for minutes."""
 
     def __init__(self, limit: float = 90.0, budget: float = 2.0, min_runs: int = 3, max_runs: int = 30):
-        """`limit`: candidates expected to need more seconds a run are left out. Others are run until they have used
+        """`limit`: peers expected to need more seconds a run are left out. Others are run until they have used
         `budget` seconds and at least `min_runs` times, at most `max_runs` times."""
         self.limit, self.budget, self.min_runs, self.max_runs = limit, budget, min_runs, max_runs
         self.seconds_per_slowdown: dict[tuple[str, str], float] = {}
@@ -43,7 +43,7 @@ class Meter:
         for name, call in row.candidates.items():
             progress(f"{row.name}: checking {name}")
             guess = self.seconds_per_slowdown.get((row.group, name), 0.0) * row.slowdown
-            if guess > self.limit:
+            if guess > self.limit and name != OURS:
                 results[name] = {"skipped": f"about {guess:.0f} s a run"}
                 continue
             seconds, out = _timed(call, 0)
