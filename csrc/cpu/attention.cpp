@@ -67,7 +67,7 @@ void (*task_of(mixtral_arch arch))(const Task &) {
     case MIXTRAL_ARCH_CPU_AVX2: return task_avx2;
     case MIXTRAL_ARCH_CPU_AVX512:
     case MIXTRAL_ARCH_CPU_AVX512_BF16: return task_avx512;
-    case MIXTRAL_ARCH_CPU_AMX: return task_avx512;
+    case MIXTRAL_ARCH_CPU_AMX: return task_amx;
 #endif
     default: return task_portable;
   }

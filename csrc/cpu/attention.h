@@ -76,7 +76,7 @@ size_t workspace_size(const Problem &problem, const Bounds &bounds);
 Sequence *sequences(void *workspace);
 void run(const mixtral_context &context, Problem &problem, const Bounds &bounds, void *workspace);
 
-// One task, all dtypes and head dims of the header. Each is one instruction set's copy of attention_kernel.inc.
+// One task, any dtype and head dim of the header. All but AMX are a copy of attention_kernel.inc.
 void task_portable(const Task &task);
 void task_avx2(const Task &task);
 void task_avx512(const Task &task);

@@ -1,4 +1,4 @@
-// attention_kernel.inc for AVX2 and FMA.
+// attention_kernel.inc on AVX2 and FMA.
 #include <cmath>
 
 #include "attention.h"
@@ -7,6 +7,7 @@ namespace mixtral::cpu::attention {
 namespace {
 #define MIXTRAL_ATTENTION_WIDTH 8
 constexpr int kVectors = 3;
+#include "attention_vector.inc"
 #include "attention_kernel.inc"
 }  // namespace
 

@@ -1,4 +1,4 @@
-// attention_kernel.inc for 16-byte vectors: what every x86-64 and most other machines have.
+// attention_kernel.inc on 16-byte vectors: what every x86-64 and most other machines have.
 #include <cmath>
 
 #include "attention.h"
@@ -7,6 +7,7 @@ namespace mixtral::cpu::attention {
 namespace {
 #define MIXTRAL_ATTENTION_WIDTH 4
 constexpr int kVectors = 2;
+#include "attention_vector.inc"
 #include "attention_kernel.inc"
 }  // namespace
 
