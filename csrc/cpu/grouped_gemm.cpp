@@ -1,3 +1,10 @@
+// grouped_gemm on the CPU: value checks, passes of kGemmRows rows, tasks, and the choice of kernel. The products themselves
+// are in grouped_gemm_dot.inc (vectors along k) and grouped_gemm_amx.cpp.
+//
+//   a pass     1. pack: 16 rows of one expert a task, gathered through a_rows into the workspace
+//              2. product: one expert x up to 128 weight rows (32 where experts have few rows) a task
+//   workspace  (rows + 15 * experts with rows) * k packed elements: 4 bytes, or 2 where the kernel multiplies bf16 itself
+//   moved      the weights of experts with rows once a pass; an expert without rows costs nothing
 #include "grouped_gemm.h"
 
 #include "../core/error.h"
@@ -33,11 +40,11 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // AMX spends 16 cycles on 1 KB of weights however few of a tile's 16 tokens there are, but fetches them in 64-byte pieces
 // of 16 rows. Up to 8 tokens vdpbf16ps keeps pace with memory as well (8 cycles on 64 bytes, 20 GB/s a core at 2.6 GHz)
-// and reads row by row.
+// and reads row by row. The two add in different orders, so on AMX alone the last bits of a row depend on which one its
+// expert's number of rows selects. Derived, not yet measured on AMX hardware.
 constexpr int64_t kAmxRows = 9;
 
-GemmKernel kernel_for(mixtral_arch arch, int32_t dtype, int64_t rows) {
-  (void)rows;
+GemmKernel kernel_for([[maybe_unused]] mixtral_arch arch, int32_t dtype, [[maybe_unused]] int64_t rows) {
 #if defined(__x86_64__)
   if (dtype == MIXTRAL_DTYPE_BF16 && arch >= MIXTRAL_ARCH_CPU_AVX512_BF16)
     return arch == MIXTRAL_ARCH_CPU_AMX && rows >= kAmxRows ? grouped_gemm_kernel_amx() : grouped_gemm_kernel_avx512bf16();
@@ -50,7 +57,7 @@ GemmKernel kernel_for(mixtral_arch arch, int32_t dtype, int64_t rows) {
 int64_t packed_row_elements(int64_t k) { return (k + 31) / 32 * 32; }
 
 struct ActiveExpert {
-  int64_t expert, row_begin, rows;
+  int64_t expert, row_begin, rows, pack_tasks;
   char *packed;
   int64_t packed_row_bytes;
   GemmKernel kernel;
@@ -76,7 +83,7 @@ void grouped_gemm_pass(const mixtral_context &context, const GroupedGemm &g, voi
     const int64_t blocks = (rows + kGemmPackRows - 1) / kGemmPackRows;
     const GemmKernel kernel = kernel_for(context.arch, g.dtype, rows);
     const int64_t row_bytes = packed_row_elements(g.k) * kernel.packed_element_bytes;
-    active[experts++] = {e, begin, rows, packed, row_bytes, kernel};
+    active[experts++] = {e, begin, rows, blocks, packed, row_bytes, kernel};
     packed += blocks * kGemmPackRows * row_bytes;
     pack_tasks += blocks;
   }
@@ -84,7 +91,7 @@ void grouped_gemm_pass(const mixtral_context &context, const GroupedGemm &g, voi
 
   parallel_for(context, pack_tasks, [&](int64_t i) {
     const ActiveExpert *x = active;
-    for (; i >= (x->rows + kGemmPackRows - 1) / kGemmPackRows; ++x) i -= (x->rows + kGemmPackRows - 1) / kGemmPackRows;
+    for (; i >= x->pack_tasks; ++x) i -= x->pack_tasks;
     const int64_t first = i * kGemmPackRows;
     x->kernel.pack(g, {x->expert, x->row_begin + first, smaller(x->rows - first, kGemmPackRows),
                        x->packed + first * x->packed_row_bytes, 0, 0});
