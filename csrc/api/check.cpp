@@ -32,12 +32,12 @@ const char *dtypes_text(Dtypes dtypes, bool cuda) {
 
 int64_t dtype_bytes(int32_t dtype) { return (dtype >> 8 & 0xff) / 8; }
 
-// "[2, 3]" into `text`; kAny prints as "any".
-void shape_text(char *text, size_t bytes, const int64_t *shape, int ndim) {
+// "[2, 3]" into `text`; with `pattern` kAny prints as "any".
+void shape_text(char *text, size_t bytes, const int64_t *shape, int ndim, bool pattern) {
   size_t used = (size_t)snprintf(text, bytes, "[");
   for (int i = 0; i < ndim && used < bytes; ++i) {
     const char *separator = i ? ", " : "";
-    used += shape[i] == kAny ? (size_t)snprintf(text + used, bytes - used, "%sany", separator)
+    used += pattern && shape[i] == kAny ? (size_t)snprintf(text + used, bytes - used, "%sany", separator)
                              : (size_t)snprintf(text + used, bytes - used, "%s%lld", separator, (long long)shape[i]);
   }
   if (used < bytes) snprintf(text + used, bytes - used, "]");
@@ -141,8 +141,8 @@ void Check::tensor(const char *name, const mixtral_tensor &t, std::initializer_l
   for (int i = 0; i < ndim; ++i) match &= t.shape[i] >= 0 && (shape.begin()[i] == kAny || shape.begin()[i] == t.shape[i]);
   if (!match) {
     char expected[100], got[100];
-    shape_text(expected, sizeof expected, shape.begin(), ndim);
-    shape_text(got, sizeof got, t.shape, ndim);
+    shape_text(expected, sizeof expected, shape.begin(), ndim, true);
+    shape_text(got, sizeof got, t.shape, ndim, false);
     require(false, "%s: expected shape %s, got %s", name, expected, got);
   }
   if (!ok()) return;

@@ -29,6 +29,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_sliding_windo
   c.require(query[2] == 64 || query[2] == 128, "q: expected head dim 64 or 128, got %lld", (long long)query[2]);
   c.require(key[1] >= 1 && query[1] % key[1] == 0, "q: expected a number of heads that is a multiple of k's %lld, got %lld",
             (long long)key[1], (long long)query[1]);
+  c.range("q: sequences", packed ? 1 : p.q.shape[0], 0, INT32_MAX);
   c.range("q: tokens", query[0], 0, INT32_MAX);
   c.range("k: tokens", key[0], 0, INT32_MAX);
 

@@ -5,8 +5,7 @@
 //   bytes     2 * T * (Hq + Hk) * D * 2 (T = 4096, Hq = 32, Hk = 8, D = 128: 84 MB, 25 us at 3.35 TB/s)
 //   32 bytes of stack for the exact range reduction of sinf and cosf at large angles
 //   a thread turns 8 pairs (half-split: two 16-byte vectors D/2 apart) or 4 pairs (interleaved: one vector)
-#include <cmath>
-
+#include "../core/rope.h"
 #include "common/launch.h"
 #include "common/vector8.cuh"
 #include "ops.h"
@@ -18,7 +17,7 @@ constexpr int kThreads = 128;
 constexpr int kMaxPairs = 64;  // D/2
 
 struct Frequencies {
-  float x[kMaxPairs];  // theta^(-2i/D), rounded once from double on the host, as the CPU kernel has them
+  float x[kMaxPairs];  // rope_frequency() of every pair, from the host
 };
 
 template <bool kInterleaved, class T>
@@ -84,7 +83,7 @@ mixtral_status apply_rope(const mixtral_context &, const mixtral_apply_rope_para
     return fail(MIXTRAL_ERROR_NOT_SUPPORTED, "mixtral_apply_rope: q, k: expected at most 65535 heads on CUDA, got %lld and %lld",
                 (long long)q_heads, (long long)k_heads);
   Frequencies frequencies;
-  for (int i = 0; i < pairs; ++i) frequencies.x[i] = (float)std::pow(p.theta, -(double)i / (double)pairs);
+  for (int i = 0; i < pairs; ++i) frequencies.x[i] = rope_frequency(p.theta, i, 2 * pairs);
 
   with_half_type(p.q.dtype, [&](auto type) {
     using T = decltype(type);

@@ -26,8 +26,9 @@
  * Hq/Hk query/key heads, D head dim, B sequences, W window, C cache slots per sequence, M/N/Kd GEMM sizes.
  *
  * Limits: 1 <= K <= min(8, E), 1 <= E <= 256, D in {64, 128}, S < 2^31, Hq a multiple of Hk.
- * CPU dtypes: f32, bf16, f16 (any alignment that suits the element). CUDA dtypes: bf16, f16 (router logits also f32);
- * data pointers and all strides but the innermost are multiples of 16 bytes. The innermost stride is 1 everywhere.
+ * CPU dtypes: f32, bf16, f16. CUDA dtypes: bf16, f16 (router logits also f32); of arrays in the model's dtype the data
+ * pointers and all strides but the innermost are multiples of 16 bytes. Else any alignment that suits the element. The
+ * innermost stride is 1 everywhere.
  */
 #ifndef MIXTRAL_EXT_H
 #define MIXTRAL_EXT_H
@@ -100,7 +101,7 @@ typedef enum mixtral_device_type { /* DLPack codes */
 typedef enum mixtral_arch {
   MIXTRAL_ARCH_AUTO = 0,            /* the best that machine and library have */
   MIXTRAL_ARCH_CPU_PORTABLE = 1,    /* baseline instructions of the build */
-  MIXTRAL_ARCH_CPU_AVX2 = 2,        /* AVX2 + FMA */
+  MIXTRAL_ARCH_CPU_AVX2 = 2,        /* AVX2, FMA, F16C */
   MIXTRAL_ARCH_CPU_AVX512 = 3,      /* AVX-512 F, BW, DQ, VL */
   MIXTRAL_ARCH_CPU_AVX512_BF16 = 4, /* the above + AVX512_BF16 */
   MIXTRAL_ARCH_CPU_AMX = 5,         /* the above + AMX-TILE, AMX-BF16 */

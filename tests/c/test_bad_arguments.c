@@ -287,6 +287,9 @@ static void bad_attention(void) {
   VALUE(sliding_window_attention, "attention_packed", (ints(cu_seqlens_k)[3] = TK + 1, p.max_seqlen_k = 0), "cu_seqlens_k", "got 12");
   VALUE(sliding_window_attention, "attention_packed", p.max_seqlen_k = 4, "cu_seqlens_k: expected sequences of at most 4", "got 5");
   BAD(sliding_window_attention, "attention_batched", (p.cu_seqlens_q = p.cu_seqlens_k = p.k_start), "cu_seqlens_q, cu_seqlens_k", "got some");
+  BAD(sliding_window_attention, "attention_batched",
+      (p.q.shape[0] = p.k.shape[0] = p.v.shape[0] = p.out.shape[0] = (int64_t)1 << 40, p.q.shape[1] = p.k.shape[1] = p.v.shape[1] = p.out.shape[1] = 0,
+       NONE(k_start), NONE(k_length), NONE(lse)), "q: sequences: expected 0 to 2147483647", "got 1099511627776");
   VALUE(sliding_window_attention, "attention_batched", ints(k_start)[1] = -1, "k_start", "got -1");
   VALUE(sliding_window_attention, "attention_batched", ints(k_start)[1] = SK + 1, "k_start", "got 7");
   VALUE(sliding_window_attention, "attention_batched", ints(k_length)[1] = -1, "k_length", "got -1");
