@@ -86,6 +86,13 @@ def test_streamed_pieces_add_up(directory, name):
                 assert tokenizer.decode(ids[:cut]) + "".join(map(stream.push, ids[cut:])) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_ids_beyond_the_tokenizer_have_no_text(directory, name):
+    tokenizer = Tokenizer(directory(name))
+    ids = tokenizer.encode("Hello world")
+    assert tokenizer.decode(ids[:2] + [10**6] + ids[2:]) == tokenizer.decode(ids)
+
+
 def test_the_file_with_a_version_comes_first(directory):
     directory("mistral_instruct_tokenizer_240323.model.v3")
     path = directory("tokenizer.model.v1")

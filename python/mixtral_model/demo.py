@@ -44,28 +44,28 @@ def demo(output: str | Path) -> None:
     rows = [("prompt read through the window", f"{len(prompt)} tokens, {windows}", ""),
             ("key/value cache, f32", f"{config.cache_bytes(config.window, 4) / 1e6:.1f} MB",
              f"{config.cache_bytes(len(prompt) + NEW_TOKENS, 4) / 1e6:.1f} MB without a window"),
-            ("busiest expert, mean over layers", f"{(load.amax(1) / load.sum(1)).mean():.0%} of the rows", f"{1 / config.num_experts:.0%} if even")]
+            ("busiest expert, mean over layers", f"{(load.amax(1) / load.sum(1)).mean():.1%} of the rows",
+             f"{1 / config.num_experts:.1%} if even")]
+    peer, their_tokens = "", tokens
+    speeds = {"f32": (speed, None)}
     try:
         import transformers
-        peer = "transformers " + transformers.__version__
     except ImportError:
         print("transformers is not installed: no comparison (pip install 'mixtral_ext[test]')\n")
-        rows += [(f"{what}, f32", f"{getattr(speed, what):.0f} tokens/s", "") for what in ("prefill", "decode")]
     else:
+        peer = "transformers " + transformers.__version__
         print(f"The same files and prompt through {peer} in f32, then both in bf16 ...", flush=True)
         their_tokens, their_speed = _run_transformers(directory, torch.float32, prompt)
-        rows.append(("greedy tokens equal, f32", f"{sum(a == b for a, b in zip(tokens, their_tokens))} of {NEW_TOKENS}", peer))
+        rows.append(("greedy tokens equal, f32", f"{sum(a == b for a, b in zip(tokens, their_tokens))} of {NEW_TOKENS}", ""))
         speeds = {"f32": (speed, their_speed), "bf16": (_run(directory, torch.bfloat16, prompt)[1],
                                                         _run_transformers(directory, torch.bfloat16, prompt)[1])}
-        rows += [(f"{what}, {dtype}", f"{getattr(ours, what):.0f} tokens/s",
-                  f"{getattr(theirs, what):.0f} tokens/s ({getattr(ours, what) / getattr(theirs, what):.1f}x)")
-                 for dtype, (ours, theirs) in speeds.items() for what in ("prefill", "decode")]
-        if tokens != their_tokens:
-            _print_table(rows, peer)
-            raise ModelError(f"greedy tokens in f32 differ from those of {peer}")
-        _print_table(rows, peer)
-        return
-    _print_table(rows, "")
+    for dtype, (ours, theirs) in speeds.items():
+        for what in ("prefill", "decode"):
+            mine, other = getattr(ours, what), getattr(theirs, what, None)
+            rows.append((f"{what}, {dtype}", f"{mine:.0f} tokens/s", f"{other:.0f} tokens/s (ours {mine / other:.1f}x)" if other else ""))
+    _print_table(rows, peer)
+    if tokens != their_tokens:
+        raise ModelError(f"greedy tokens in f32 differ from those of {peer}")
 
 
 def write_checkpoint(directory: Path) -> None:

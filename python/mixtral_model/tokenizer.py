@@ -46,7 +46,10 @@ class Tokenizer:
         return self._chat.encode_chat_completion(ChatCompletionRequest(messages=[UserMessage(content=text)])).tokens
 
     def decode(self, ids: list[int]) -> str:
-        return self._mistral.decode(ids) if self._chat else self._json.decode(ids)
+        if not self._chat:
+            return self._json.decode(ids)
+        # A model's vocabulary may be padded with ids that the tokenizer does not have.
+        return self._mistral.decode([token for token in ids if token < self._mistral.n_words])
 
 
 class TextStream:
