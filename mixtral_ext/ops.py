@@ -40,6 +40,14 @@ fakes.register(_overloads)
 autograd.register(_overloads)
 
 
+def _results(op, out, count):
+    """The tuple of `count` tensors the caller gave."""
+    if not isinstance(out, (tuple, list)) or len(out) != count:
+        got = f"{len(out)}" if isinstance(out, (tuple, list)) else type(out).__name__
+        raise TypeError(f"mixtral_{op}: out: expected a tuple of {count} tensors, got {got}")
+    return out
+
+
 def moe_gate(router_logits, top_k=2, renormalize=True, *, out=None):
     """Router: the K largest logits of each token, their softmax, and the permutation that sorts the rows by expert.
 
@@ -52,7 +60,7 @@ def moe_gate(router_logits, top_k=2, renormalize=True, *, out=None):
     """
     if out is None:
         return _ops.moe_gate(router_logits, top_k, renormalize)
-    topk_weights, topk_ids, expert_offsets, sorted_slots, slot_rows = out
+    topk_weights, topk_ids, expert_offsets, sorted_slots, slot_rows = _results("moe_gate", out, 5)
     _ops.moe_gate.out(router_logits, top_k, renormalize, topk_weights=topk_weights, topk_ids=topk_ids,
                       expert_offsets=expert_offsets, sorted_slots=sorted_slots, slot_rows=slot_rows)
     return out
@@ -68,7 +76,7 @@ def moe_sort(topk_ids, num_experts, *, out=None):
     """
     if out is None:
         return _ops.moe_sort(topk_ids, num_experts)
-    expert_offsets, sorted_slots, slot_rows = out
+    expert_offsets, sorted_slots, slot_rows = _results("moe_sort", out, 3)
     _ops.moe_sort.out(topk_ids, num_experts, expert_offsets=expert_offsets, sorted_slots=sorted_slots, slot_rows=slot_rows)
     return out
 
@@ -157,7 +165,8 @@ def sliding_window_attention(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, softmax_scale, k_start, k_length)
     if out is None:
         return _ops.sliding_window_attention(*args)
-    _ops.sliding_window_attention.out(*args, out=out[0], lse=out[1])
+    result, lse = _results("sliding_window_attention", out, 2)
+    _ops.sliding_window_attention.out(*args, out=result, lse=lse)
     return out
 
 
@@ -183,7 +192,8 @@ def rolling_attention(q, k, v, k_cache, v_cache, cu_seqlens_q, cache_lengths, wi
             max_cache_length, rope_theta, rope_interleaved)
     if out is None:
         return _ops.rolling_attention(*args)
-    _ops.rolling_attention.out(*args, out=out[0], lse=out[1])
+    result, lse = _results("rolling_attention", out, 2)
+    _ops.rolling_attention.out(*args, out=result, lse=lse)
     return out
 
 

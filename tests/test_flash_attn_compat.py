@@ -129,6 +129,19 @@ def test_varlen_refuses_by_name(name):
         flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 4, 4, **{"causal": True, name: value})
 
 
+def test_wrong_ranks_and_windows():
+    q, k, v = qkv(9, (1, 4, 2, 64), (1, 4, 2, 64))
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    for call, message in (
+        (lambda: flash_attn_func(q[0], k[0], v[0], causal=True), r"flash_attn_func: q: expected a tensor of 4 dimensions, got \[4, 2, 64\]"),
+        (lambda: flash_attn_func(q, k, v, causal=True, window_size=4), r"window_size: expected \(left, right\), got 4"),
+        (lambda: flash_attn_varlen_func(q, k, v, bounds, bounds, 4, 4, causal=True), "flash_attn_varlen_func: q: expected a tensor of 3"),
+        (lambda: flash_attn_varlen_func(q[0], k[0], v[0], bounds, None, 4, 4, causal=True), "cu_seqlens_k: expected a tensor of 1 .*, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_signatures():
     """The arguments and defaults of flash-attn 2.8, in its order."""
     common = {

@@ -77,6 +77,7 @@ def test_stops_at_the_end_of_sequence(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--prompt-file", "/nonexistent/prompt.txt"], "No such file or directory: '/nonexistent/prompt.txt'"),
     ([], "no prompt: give --prompt or --prompt-file"),
+    (["--prompt", "x\udcff"], "--prompt: expected UTF-8 text"),
     (["--prompt", "x", "--temperature", "-1"], "temperature: expected 0 or more"),
     (["--prompt", "x", "--chunk-size", "0"], "chunk_size: expected at least 1"),
 ])

@@ -82,7 +82,16 @@ def test_greedy_takes_the_largest_logit_and_low_temperature_nears_it():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(3))
     generators = [torch.Generator().manual_seed(i) for i in range(6)]
     assert sample(logits, 0.0, 1.0, generators).equal(logits.argmax(1))
-    assert sample(logits, 1e-3, 1.0, generators).equal(logits.argmax(1))
+    for temperature in (1e-3, 1e-40, 5e-324):
+        assert sample(logits, temperature, 1.0, generators).equal(logits.argmax(1))
+        assert sample(logits, temperature, 0.5, generators).equal(logits.argmax(1))
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_without_a_distribution_are_refused(value, top_p):
+    with pytest.raises(ModelError, match="sampling: expected finite logits"):
+        sample(torch.tensor([[0.0, value, 1.0]]), 1.0, top_p, [torch.Generator()])
 
 
 def test_the_cache_holds_a_window_and_no_more(model, windowless):
@@ -107,6 +116,7 @@ def test_no_prompts_and_no_tokens(model):
     (dict(top_p=0.0), "top_p: expected more than 0 and at most 1, got 0.0"),
     (dict(top_p=1.5), "top_p"),
     (dict(chunk_size=0), "chunk_size: expected at least 1, got 0"),
+    (dict(seed=2**64), "seed: expected 0 to"),
     (dict(max_tokens=-1), "max_tokens: expected 0 or more, got -1"),
 ])
 def test_refused_requests(model, request_, message):

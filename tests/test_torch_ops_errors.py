@@ -246,6 +246,15 @@ def test_outputs_are_checked(op):
             assert all(same_bits(o, b) for o, b in zip(outs, before))
 
 
+@pytest.mark.parametrize("op", ["moe_gate", "sliding_window_attention"])
+def test_out_that_is_no_tuple_of_the_results(op):
+    inputs = {"moe_gate": dict(router_logits=torch.zeros(3, 4)),
+              "sliding_window_attention": dict.fromkeys("qkv", torch.zeros(3, 2, 64))}[op]
+    for out in (torch.zeros(3, 2), (torch.zeros(3, 2),)):
+        with pytest.raises(TypeError, match=f"^mixtral_{op}: out: expected a tuple of [25] tensors, got (Tensor|1)$"):
+            getattr(mixtral_ext, op)(**inputs, out=out)
+
+
 def test_an_output_that_overlaps_itself():
     inputs = case("moe_permute", "plain").inputs(torch.float32)
     with pytest.raises(ValueError, match="rows: expected an output whose elements do not share memory, got overlapping strides"):

@@ -34,6 +34,7 @@ def flash_attn_func(
     With `return_attn_probs` the tuple (out, softmax_lse f32 [B, Hq, Sq], None); flash-attn fills the third element only
     under dropout. `softmax_scale` defaults to 1/sqrt(D). ValueError for what is not supported, see the module.
     """
+    _rank("flash_attn_func", 4, q=q, k=k, v=v)
     window = _window("flash_attn_func", causal, window_size, q.shape[1])
     _refuse("flash_attn_func", dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
     out, lse = mixtral_ext.sliding_window_attention(q, k, v, window=window, softmax_scale=softmax_scale)
@@ -62,6 +63,8 @@ def flash_attn_varlen_func(
 
     With `return_attn_probs` the tuple (out, softmax_lse f32 [Hq, Tq], None). ValueError as in `flash_attn_func`.
     """
+    _rank("flash_attn_varlen_func", 3, q=q, k=k, v=v)
+    _rank("flash_attn_varlen_func", 1, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     window = _window("flash_attn_varlen_func", causal, window_size, max_seqlen_q)
     _refuse(
         "flash_attn_varlen_func",
@@ -86,6 +89,8 @@ def flash_attn_varlen_func(
 
 def _window(function: str, causal: bool, window_size: tuple[int, int], queries: int) -> int | None:
     """flash-attn's window as ours: W keys including the query's own, None for all of them."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"{function}: window_size: expected (left, right), got {window_size!r}")
     left, right = window_size
     if not causal and right != 0 and queries != 1:
         raise ValueError(
@@ -93,6 +98,13 @@ def _window(function: str, causal: bool, window_size: tuple[int, int], queries: 
             f"got causal={causal} with window_size={tuple(window_size)} and {queries} queries"
         )
     return None if left < 0 else left + 1
+
+
+def _rank(function: str, ndim: int, **tensors) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) or value.ndim != ndim:
+            got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+            raise ValueError(f"{function}: {name}: expected a tensor of {ndim} dimensions, got {got}")
 
 
 def _refuse(function: str, **arguments) -> None:

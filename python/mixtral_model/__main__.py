@@ -66,6 +66,9 @@ def _read_prompt(path):
 
 def _generate(arguments) -> None:
     config = read_config(arguments.checkpoint)
+    for text in arguments.prompt:
+        if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-ins for bytes that are not UTF-8
+            raise ModelError(f"--prompt: expected UTF-8 text, got {text!r}")
     texts = arguments.prompt + [_read_prompt(path) for path in arguments.prompt_file]
     if not texts:
         raise ModelError("no prompt: give --prompt or --prompt-file")

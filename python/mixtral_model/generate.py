@@ -30,7 +30,7 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
     are the model's own, before temperature and top_p; with max_tokens 0 a prompt is only scored.
     on_token(i, token) is called for every new token of prompt i, on_prefill(n) whenever n more prompt tokens are done.
     expert_load: see Model.forward."""
-    _check_request(model, prompts, max_tokens, temperature, top_p, chunk_size)
+    _check_request(model, prompts, max_tokens, temperature, top_p, seed, chunk_size)
     if not prompts:
         return []
     eos_ids = set(model.config.eos_ids if eos_ids is None else eos_ids)
@@ -62,11 +62,13 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
     return results
 
 
-def _check_request(model, prompts, max_tokens, temperature, top_p, chunk_size):
+def _check_request(model, prompts, max_tokens, temperature, top_p, seed, chunk_size):
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ModelError(f"temperature: expected 0 or more, got {temperature}")
     if not 0 < top_p <= 1:
         raise ModelError(f"top_p: expected more than 0 and at most 1, got {top_p}")
+    if not 0 <= seed < 2**63:
+        raise ModelError(f"seed: expected 0 to 2**63 - 1, got {seed}")
     if max_tokens < 0:
         raise ModelError(f"max_tokens: expected 0 or more, got {max_tokens}")
     if chunk_size < 1:
@@ -111,11 +113,15 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
     """One token for each row of logits [N, V]. top_p keeps the smallest set of likeliest tokens that reaches it."""
     if temperature == 0:
         return logits.argmax(1)
-    probabilities = (logits.float() / temperature).softmax(1)
+    logits = logits.double()
+    # The largest becomes 0 before the division: no temperature overflows.
+    probabilities = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
+    if probabilities.isnan().any():
+        raise ModelError("sampling: expected finite logits, got NaN or infinity (are the weights sound?)")
     order = None
     if top_p < 1:
         probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)
-    cumulative = probabilities.double().cumsum(1)
+    cumulative = probabilities.cumsum(1)
     total = cumulative[:, -1:]
     if order is not None:
         kept = (cumulative - probabilities < top_p).sum(1, keepdim=True)
@@ -140,8 +146,9 @@ class Speed:
 
     @property
     def prefill(self) -> float:
-        """Prompt tokens a second, up to the first new token."""
-        return self.prompt_tokens / max(self.first - self.start, 1e-9)
+        """Prompt tokens a second, up to the first new token (without one, up to now)."""
+        first = self.first if self.new_tokens else time.perf_counter()
+        return self.prompt_tokens / max(first - self.start, 1e-9)
 
     @property
     def decode(self) -> float:
