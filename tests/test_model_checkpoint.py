@@ -179,6 +179,7 @@ def _text(name, text):
 
 BAD_CONFIGS = {
     "not JSON": (_text("config.json", "{"), r"config\.json: not readable as JSON"),
+    "nested": (_text("config.json", "[" * 100000), r"config\.json: not readable as JSON"),
     "not an object": (_text("config.json", "[]"), r"config\.json: expected a JSON object, got list"),
     "no config": (lambda d: (d / "config.json").unlink(), "neither config.json nor params.json is there"),
     "architecture": (_config(model_type="llama"), "unknown architecture: expected model_type mistral or mixtral, got 'llama'"),
@@ -194,7 +195,8 @@ BAD_CONFIGS = {
     "experts": (_config(num_local_experts=300), "experts: expected at most 256, got 300"),
     "rope scaling": (_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope scaling: expected none"),
     "rope type": (_config(rope_parameters=3), "rope_parameters: expected an object, got 3"),
-    "theta": (_config(rope_parameters={"rope_theta": -1}), "rope theta and norm eps: expected positive, got -1"),
+    "theta": (_config(rope_parameters={"rope_theta": -1}), "rope theta and norm eps: expected positive and finite, got -1"),
+    "theta infinite": (_config(rope_parameters={"rope_theta": float("inf")}), "expected positive and finite, got inf"),
     "activation": (_config(hidden_act="gelu"), "hidden_act: expected silu, got 'gelu'"),
     "quantised": (_config(quantization_config={"bits": 4}), "quantized weights are not supported"),
     "eos": (_config(eos_token_id="</s>"), "eos_token_id: expected integers, got '</s>'"),
@@ -248,6 +250,7 @@ BAD_WEIGHTS = {
     "dtype": (lambda d: _tensors(d, lambda t: t.update({ROUTER: t[ROUTER].long()})), f"{ROUTER}: expected dtype F32, BF16, F16, got I64"),
     "twice": (lambda d: save_file({"model.norm.weight": torch.ones(128)}, d / "model-00002.safetensors"), "model.norm.weight is also in another file"),
     "index": (_text("model.safetensors.index.json", "{}"), "index.json: weight_map is missing"),
+    "index of numbers": (_text("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "weight_map: expected file names, got 3"),
     "shard": (_text("model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
               r"model-00001-of-00002\.safetensors: missing, but model\.safetensors\.index\.json names it"),
 }

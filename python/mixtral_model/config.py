@@ -1,5 +1,6 @@
 """Shape of a Mistral or Mixtral model, read from config.json (transformers) or params.json (Mistral's own format)."""
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +47,8 @@ class ModelConfig:
             raise ModelError(f"config: experts per token: expected 1 to {min(8, self.num_experts)}, got {self.top_k}")
         if self.num_experts > 256:
             raise ModelError(f"config: experts: expected at most 256, got {self.num_experts}")
-        if not self.rope_theta > 0 or not self.norm_eps > 0:
-            raise ModelError(f"config: rope theta and norm eps: expected positive, got {self.rope_theta} and {self.norm_eps}")
+        if not 0 < self.rope_theta < math.inf or not 0 < self.norm_eps < math.inf:
+            raise ModelError(f"config: rope theta and norm eps: expected positive and finite, got {self.rope_theta} and {self.norm_eps}")
 
     def parameters(self, active: bool = False) -> int:
         """Number of weights; active: only those a token passes through (top_k of the experts, all of the rest)."""
@@ -81,7 +82,7 @@ def read_config(directory: str | Path) -> ModelConfig:
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -59,7 +59,9 @@ class Checkpoint:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelError(f"{index}: weight_map is missing")
-            paths = [directory / str(name) for name in sorted(set(weight_map.values()))]
+            if bad := [name for name in weight_map.values() if not isinstance(name, str)]:
+                raise ModelError(f"{index}: weight_map: expected file names, got {bad[0]!r}")
+            paths = [directory / name for name in sorted(set(weight_map.values()))]
         else:
             paths = sorted(directory.glob(f"{stem}*.safetensors"))
         if not paths:
