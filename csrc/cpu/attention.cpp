@@ -41,14 +41,15 @@ Sizes sizes(const Problem &problem, const Bounds &bounds) {
   const int64_t few_spans = min(kFewSplit.most_spans, max(1, divide_up(keys(1), kFewSplit.least_keys)));
   const int64_t block_spans = min(kBlockSplit.most_spans, max(1, divide_up(keys(min(longest, kBlockRows)), kBlockSplit.least_keys)));
   const bool few = group <= kFewGroup, blocks = !few || longest > 1;
+  const int64_t sequences = min(bounds.sequences, bounds.queries);  // that have a query
   Sizes s = {0, 0};
   if (few) {
-    s.tasks += bounds.sequences * few_spans;
-    if (few_spans > 1) s.partial_floats += bounds.sequences * group * few_spans;
+    s.tasks += sequences * few_spans;
+    if (few_spans > 1) s.partial_floats += sequences * group * few_spans;
   }
   if (blocks) {
-    s.tasks += bounds.queries * group / kBlockRows + bounds.sequences * block_spans;
-    if (block_spans > 1) s.partial_floats += min(bounds.queries * group, bounds.sequences * kBlockRows) * block_spans;
+    s.tasks += bounds.queries * group / kBlockRows + sequences * block_spans;
+    if (block_spans > 1) s.partial_floats += min(bounds.queries * group, sequences * kBlockRows) * block_spans;
   }
   s.tasks *= problem.key_heads;
   s.partial_floats *= problem.key_heads * partial_row(problem.head_dim);

@@ -120,9 +120,13 @@ inline bool all_finite(const Block &s) {
   return any == 0;
 }
 
+// A tile load does not tell the compiler that it reads memory: stores written above this stay above it.
+inline void finish_stores() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+
 // weights[key][row] of a panel; k_token in bytes.
 template <int kD>
 inline void panel_scores(const uint16_t *q, const char *k, int64_t k_token, int64_t count, float *weights) {
+  finish_stores();
   for (int64_t j = 0; j < count; j += 2 * kTile) {
     _tile_zero(0);
     _tile_zero(1);
@@ -168,6 +172,7 @@ inline void pack_weights(const float *weights, int64_t count, uint16_t *pairs) {
 // sums[d][row] += V^T weights of a panel.
 template <int kD>
 inline void panel_values(const uint16_t *values, const uint16_t *pairs, int64_t count, float *sums) {
+  finish_stores();
   for (int64_t d = 0; d < kD; d += 2 * kTile) {
     float *to = sums + d * kPanel;
     _tile_loadd(0, to, kPanel * 4);

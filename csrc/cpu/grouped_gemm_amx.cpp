@@ -34,7 +34,7 @@ struct alignas(64) TileConfig {  // the memory operand of LDTILECFG, palette 1
 };
 const TileConfig kConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// A 4 x 4 block of 32-bit elements; strides in elements. In place is fine: all of it is read before any of it is written.
+// A 4 x 4 block of 32-bit elements; strides in elements.
 ALWAYS_INLINE void transpose4(const float *a, const float *b, const float *c, const float *d, float *to, int64_t to_stride) {
   typedef int32_t Index4 __attribute__((vector_size(16)));
   const Vec4 r0 = *(const Vec4Anywhere *)a, r1 = *(const Vec4Anywhere *)b;
@@ -94,10 +94,12 @@ struct Source {
 };
 ALWAYS_INLINE Source source(const WeightTile &w, int64_t k, int64_t left, uint16_t (&copy)[kTile][kStep]) {
   if (w.count == kTile && left >= kStep) return {w.rows + k, w.stride * 2};
+  // A tile load does not tell the compiler that it reads memory: the last one stays above these stores, the next below.
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
   memset(copy, 0, sizeof copy);
   for (int64_t i = 0; i < w.count; ++i)
     memcpy(copy[i], w.rows + i * w.stride + k, (size_t)(left < kStep ? left : kStep) * sizeof copy[i][0]);
-  __atomic_signal_fence(__ATOMIC_SEQ_CST);  // the tile load does not tell the compiler that it reads memory
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
   return {copy[0], kStep * 2};
 }
 

@@ -21,11 +21,11 @@ struct Frequencies {
 };
 
 template <bool kInterleaved, class T>
-__device__ void rotate_heads(T *x, int64_t head_stride, int heads, int pairs, const float *cosine, const float *sine) {
+__device__ void rotate_heads(T *x, int64_t head_stride, int64_t heads, int pairs, const float *cosine, const float *sine) {
   if (kInterleaved) {
     const int vectors = pairs / 4;
-    for (int i = threadIdx.x; i < heads * vectors; i += kThreads) {
-      const int first = i % vectors * 4;  // pair
+    for (int64_t i = threadIdx.x; i < heads * vectors; i += kThreads) {
+      const int first = (int)(i % vectors) * 4;  // pair
       T *p = x + i / vectors * head_stride + first * 2;
       Vector8<T> v = load8(p, 8);
 #pragma unroll
@@ -38,8 +38,8 @@ __device__ void rotate_heads(T *x, int64_t head_stride, int heads, int pairs, co
     }
   } else {
     const int vectors = pairs / 8;
-    for (int i = threadIdx.x; i < heads * vectors; i += kThreads) {
-      const int first = i % vectors * 8;  // pair
+    for (int64_t i = threadIdx.x; i < heads * vectors; i += kThreads) {
+      const int first = (int)(i % vectors) * 8;  // pair
       T *p = x + i / vectors * head_stride + first;
       Vector8<T> low = load8(p, 8), high = load8(p + pairs, 8);
 #pragma unroll
@@ -56,8 +56,8 @@ __device__ void rotate_heads(T *x, int64_t head_stride, int heads, int pairs, co
 
 template <class T, class Position, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads)
-    apply_rope_kernel(T *q, int64_t q_token_stride, int64_t q_head_stride, int q_heads, T *k, int64_t k_token_stride,
-                      int64_t k_head_stride, int k_heads, const Position *__restrict__ positions, int pairs,
+    apply_rope_kernel(T *q, int64_t q_token_stride, int64_t q_head_stride, int64_t q_heads, T *k, int64_t k_token_stride,
+                      int64_t k_head_stride, int64_t k_heads, const Position *__restrict__ positions, int pairs,
                       const __grid_constant__ Frequencies frequencies) {
   __shared__ float cosine[kMaxPairs], sine[kMaxPairs];
   const int64_t token = blockIdx.x;
@@ -79,9 +79,6 @@ mixtral_status apply_rope(const mixtral_context &, const mixtral_apply_rope_para
   const int64_t tokens = p.q.shape[0], pairs = p.q.shape[2] / 2;
   const int64_t q_heads = p.q.shape[1], k_heads = p.k.ndim ? p.k.shape[1] : 0;
   if (tokens == 0 || q_heads + k_heads == 0) return MIXTRAL_OK;
-  if (q_heads > 65535 || k_heads > 65535)
-    return fail(MIXTRAL_ERROR_NOT_SUPPORTED, "mixtral_apply_rope: q, k: expected at most 65535 heads on CUDA, got %lld and %lld",
-                (long long)q_heads, (long long)k_heads);
   Frequencies frequencies;
   for (int i = 0; i < pairs; ++i) frequencies.x[i] = rope_frequency(p.theta, i, 2 * pairs);
 
@@ -89,7 +86,7 @@ mixtral_status apply_rope(const mixtral_context &, const mixtral_apply_rope_para
     using T = decltype(type);
     const auto launch = [&](auto kernel, auto *positions) {
       kernel<<<(unsigned)tokens, kThreads, 0, (cudaStream_t)stream>>>(
-          (T *)p.q.data, p.q.stride[0], p.q.stride[1], (int)q_heads, (T *)p.k.data, p.k.stride[0], p.k.stride[1], (int)k_heads,
+          (T *)p.q.data, p.q.stride[0], p.q.stride[1], q_heads, (T *)p.k.data, p.k.stride[0], p.k.stride[1], k_heads,
           positions, (int)pairs, frequencies);
     };
     const auto *p32 = (const int32_t *)p.positions.data;

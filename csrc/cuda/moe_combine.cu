@@ -19,22 +19,22 @@ __global__ void __launch_bounds__(kThreads)
                        const int32_t *__restrict__ slot_rows, int64_t slot_rows_stride, const float *__restrict__ weights,
                        int64_t weights_stride, int top_k, T *__restrict__ out, int64_t out_stride) {
   const int64_t token = blockIdx.x;
-  const int64_t column = blockIdx.y * (int64_t)kColumns + threadIdx.x * 8;
-  if (column >= columns) return;
-  const int64_t n = columns - column;
-  float sum[8] = {};
-  for (int j = 0; j < top_k; ++j) {
-    const int32_t row = slot_rows[token * slot_rows_stride + j];
-    if (row < 0 || row >= row_count) continue;
-    const float weight = weights[token * weights_stride + j];
-    const Vector8<T> v = load8(rows + row * rows_stride + column, n);
+  for (int64_t column = blockIdx.y * (int64_t)kColumns + threadIdx.x * 8; column < columns; column += gridDim.y * (int64_t)kColumns) {
+    const int64_t n = columns - column;
+    float sum[8] = {};
+    for (int j = 0; j < top_k; ++j) {
+      const int32_t row = slot_rows[token * slot_rows_stride + j];
+      if (row < 0 || row >= row_count) continue;
+      const float weight = weights[token * weights_stride + j];
+      const Vector8<T> v = load8(rows + row * rows_stride + column, n);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] += weight * to_float(v.x[i]);
+      for (int i = 0; i < 8; ++i) sum[i] += weight * to_float(v.x[i]);
+    }
+    Vector8<T> result;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) from_float(sum[i], result.x[i]);
+    store8(out + token * out_stride + column, result, n);
   }
-  Vector8<T> result;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) from_float(sum[i], result.x[i]);
-  store8(out + token * out_stride + column, result, n);
 }
 
 }  // namespace
@@ -42,12 +42,10 @@ __global__ void __launch_bounds__(kThreads)
 mixtral_status moe_combine(const mixtral_context &, const mixtral_moe_combine_params &p, void *stream) {
   const int64_t tokens = p.out.shape[0], columns = p.out.shape[1];
   if (tokens == 0 || columns == 0) return MIXTRAL_OK;
-  if (columns > 65535 * (int64_t)kColumns)
-    return fail(MIXTRAL_ERROR_NOT_SUPPORTED, "mixtral_moe_combine: rows.shape[1]: expected at most %lld on CUDA, got %lld",
-                65535LL * kColumns, (long long)columns);
+  const unsigned grid_columns = columns < 65535 * (int64_t)kColumns ? div_up(columns, kColumns) : 65535;
   with_half_type(p.rows.dtype, [&](auto type) {
     using T = decltype(type);
-    const dim3 grid((unsigned)tokens, div_up(columns, kColumns));
+    const dim3 grid((unsigned)tokens, grid_columns);
     moe_combine_kernel<T><<<grid, kThreads, 0, (cudaStream_t)stream>>>(
         (const T *)p.rows.data, p.rows.stride[0], p.rows.shape[0], columns, (const int32_t *)p.slot_rows.data,
         p.slot_rows.stride[0], (const float *)p.topk_weights.data, p.topk_weights.stride[0], (int)p.slot_rows.shape[1],

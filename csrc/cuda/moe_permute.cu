@@ -18,11 +18,12 @@ __global__ void __launch_bounds__(kThreads)
     moe_permute_kernel(const T *__restrict__ hidden, int64_t hidden_stride, int64_t tokens, int64_t columns,
                        const int32_t *__restrict__ sorted_slots, int top_k, T *__restrict__ rows, int64_t rows_stride) {
   const int64_t row = blockIdx.x;
-  const int64_t column = blockIdx.y * (int64_t)kColumns + threadIdx.x * 8;
   const int32_t slot = sorted_slots[row];
-  if (slot < 0 || slot / top_k >= tokens || column >= columns) return;
-  const int64_t n = columns - column;
-  store8(rows + row * rows_stride + column, load8(hidden + slot / top_k * hidden_stride + column, n), n);
+  if (slot < 0 || slot / top_k >= tokens) return;
+  const T *from = hidden + slot / top_k * hidden_stride;
+  T *to = rows + row * rows_stride;
+  for (int64_t column = blockIdx.y * (int64_t)kColumns + threadIdx.x * 8; column < columns; column += gridDim.y * (int64_t)kColumns)
+    store8(to + column, load8(from + column, columns - column), columns - column);
 }
 
 }  // namespace
@@ -30,12 +31,10 @@ __global__ void __launch_bounds__(kThreads)
 mixtral_status moe_permute(const mixtral_context &, const mixtral_moe_permute_params &p, void *stream) {
   const int64_t rows = p.rows.shape[0], columns = p.rows.shape[1];
   if (rows == 0 || columns == 0) return MIXTRAL_OK;
-  if (columns > 65535 * (int64_t)kColumns)
-    return fail(MIXTRAL_ERROR_NOT_SUPPORTED, "mixtral_moe_permute: hidden.shape[1]: expected at most %lld on CUDA, got %lld",
-                65535LL * kColumns, (long long)columns);
+  const unsigned grid_columns = columns < 65535 * (int64_t)kColumns ? div_up(columns, kColumns) : 65535;
   with_half_type(p.hidden.dtype, [&](auto type) {
     using T = decltype(type);
-    const dim3 grid((unsigned)rows, div_up(columns, kColumns));
+    const dim3 grid((unsigned)rows, grid_columns);
     moe_permute_kernel<T><<<grid, kThreads, 0, (cudaStream_t)stream>>>(
         (const T *)p.hidden.data, p.hidden.stride[0], p.hidden.shape[0], columns, (const int32_t *)p.sorted_slots.data, p.top_k,
         (T *)p.rows.data, p.rows.stride[0]);
