@@ -6,8 +6,8 @@
 
 Masks: padding on the left, on the right or on both sides, full and sliding windows, any of transformers' caches. A
 mask with holes that a query can see, a 4-D mask, packed sequences, bidirectional attention and everything else our
-kernel would not honour is a ValueError. The rows of padding tokens hold other values than transformers'; nothing that
-counts reads them.
+kernel would not honour is a ValueError. The rows of padding tokens hold other values than transformers'. So pad on the
+left to generate: generate() takes the first new token from the last row of the prompt, with right padding a padding row.
 
 Inference only: a forward pass under autograd works, its backward raises.
 """
