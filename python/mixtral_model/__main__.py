@@ -75,11 +75,13 @@ def _generate(arguments) -> None:
     import torch
     from tqdm import tqdm
 
-    from .generate import Speed, generate
+    from .generate import Speed, check_request, generate
     from .model import Model
     from .tokenizer import TextStream, Tokenizer
     tokenizer = Tokenizer(arguments.checkpoint, config.bos_id)
     prompts = [(tokenizer.encode_chat if arguments.chat else tokenizer.encode)(text) for text in texts]
+    check_request(config, prompts, arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.seed,
+                  arguments.chunk_size)  # before the weights are read, which takes minutes
     dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
     model = Model.load(arguments.checkpoint, dtype, loading_bar(arguments.checkpoint))
 

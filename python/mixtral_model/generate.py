@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .config import ModelError
+from .config import ModelConfig, ModelError
 from .model import Cache, Model
 
 
@@ -30,7 +30,7 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
     are the model's own, before temperature and top_p; with max_tokens 0 a prompt is only scored.
     on_token(i, token) is called for every new token of prompt i, on_prefill(n) whenever n more prompt tokens are done.
     expert_load: see Model.forward."""
-    _check_request(model, prompts, max_tokens, temperature, top_p, seed, chunk_size)
+    check_request(model.config, prompts, max_tokens, temperature, top_p, seed, chunk_size)
     if not prompts:
         return []
     eos_ids = set(model.config.eos_ids if eos_ids is None else eos_ids)
@@ -62,7 +62,9 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
     return results
 
 
-def _check_request(model, prompts, max_tokens, temperature, top_p, seed, chunk_size):
+def check_request(config: ModelConfig, prompts: list[list[int]], max_tokens: int, temperature: float, top_p: float, seed: int,
+                  chunk_size: int) -> None:
+    """ModelError for arguments that generate() would refuse; needs no weights."""
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ModelError(f"temperature: expected 0 or more, got {temperature}")
     if not 0 < top_p <= 1:
@@ -73,13 +75,13 @@ def _check_request(model, prompts, max_tokens, temperature, top_p, seed, chunk_s
         raise ModelError(f"max_tokens: expected 0 or more, got {max_tokens}")
     if chunk_size < 1:
         raise ModelError(f"chunk_size: expected at least 1, got {chunk_size}")
-    vocabulary, limit = model.config.vocab_size, model.config.max_positions
+    vocabulary, limit = config.vocab_size, config.max_positions
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ModelError(f"prompt {i}: expected at least one token, got none")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise ModelError(f"prompt {i}: expected token ids from 0 to {vocabulary - 1}, got {min(prompt)} to {max(prompt)}")
-        if model.config.window is None and len(prompt) + max_tokens > limit:
+        if config.window is None and len(prompt) + max_tokens > limit:
             raise ModelError(f"prompt {i}: expected at most {limit} positions (the model has no window), "
                              f"got {len(prompt)} tokens and {max_tokens} to come")
 
