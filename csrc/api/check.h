@@ -60,6 +60,42 @@ void *workspace(const char *op, size_t needed, void *given, size_t given_bytes, 
 // stream must be NULL on the CPU.
 mixtral_status check_stream(const char *op, const mixtral_context &context, const void *stream);
 
+// What the two grouped products ask of their params alike; `gated` weights hold two rows an output column.
+template <class Params>
+mixtral_status check_grouped(const char *op, const mixtral_context *context, const Params *params, const char *weights_name,
+                             mixtral_tensor Params::*weights_field, bool gated) {
+  Check c(op, context, params, sizeof *params);
+  if (!c.ok()) return c.status();
+  const Params &p = *params;
+  const mixtral_tensor &weights = p.*weights_field;
+  c.require(p.reserved == 0, "reserved: expected 0, got %d", p.reserved);
+  c.tensor("a", p.a, {kAny, kAny}, kFloats, kStrided);
+  if (!c.ok()) return c.status();
+  c.tensor(weights_name, weights, {kAny, kAny, p.a.shape[1]}, kFloats, kStrided);
+  if (!c.ok()) return c.status();
+  c.same_dtype(weights_name, weights, "a", p.a);
+  const int64_t experts = weights.shape[0];
+  c.require(experts >= 1 && experts <= MIXTRAL_MAX_EXPERTS, "%s.shape[0] (experts): expected 1 to %d, got %lld", weights_name,
+            MIXTRAL_MAX_EXPERTS, (long long)experts);
+  c.require(!gated || weights.shape[1] % 2 == 0, "%s.shape[1]: expected an even number of rows (gate, then up), got %lld",
+            weights_name, (long long)weights.shape[1]);
+  c.tensor("expert_offsets", p.expert_offsets, {experts + 1}, kI32, kContiguous);
+  int64_t rows = p.a.shape[0];
+  if (present(p.a_rows)) {
+    c.tensor("a_rows", p.a_rows, {kAny}, kI32, kContiguous);
+    rows = p.a_rows.shape[0];
+    c.range("a_rows_divisor", p.a_rows_divisor, 1, INT32_MAX);
+  } else {
+    c.require(p.a_rows_divisor == 1, "a_rows_divisor: expected 1 without a_rows, got %d", p.a_rows_divisor);
+  }
+  c.range("a.shape[0]", p.a.shape[0], 0, INT32_MAX);
+  c.range("out.shape[0] (rows)", rows, 0, INT32_MAX);
+  c.tensor("out", p.out, {rows, weights.shape[1] / (gated ? 2 : 1)}, kFloats, kOutput);
+  c.same_dtype("out", p.out, "a", p.a);
+  c.cpu_only();
+  return c.status();
+}
+
 // One per op: all that mixtral_<op> checks before it calls a backend.
 mixtral_status check(const mixtral_context *context, const mixtral_moe_gate_params *params);
 mixtral_status check(const mixtral_context *context, const mixtral_moe_sort_params *params);
@@ -71,5 +107,17 @@ mixtral_status check(const mixtral_context *context, const mixtral_moe_experts_p
 mixtral_status check(const mixtral_context *context, const mixtral_sliding_window_attention_params *params);
 mixtral_status check(const mixtral_context *context, const mixtral_rolling_attention_params *params);
 mixtral_status check(const mixtral_context *context, const mixtral_apply_rope_params *params);
+
+// An op with a workspace, on the CPU: all checks, then run(context, params, aligned workspace).
+template <class Params>
+mixtral_status run_with_workspace(const char *op, const mixtral_context *context, const Params *params, void *given,
+                                  size_t given_bytes, void *stream, size_t (*bytes)(const mixtral_context &, const Params &),
+                                  mixtral_status (*run)(const mixtral_context &, const Params &, void *)) {
+  mixtral_status status = check(context, params);
+  if (status == MIXTRAL_OK) status = check_stream(op, *context, stream);
+  if (status != MIXTRAL_OK) return status;
+  void *aligned = workspace(op, padded(bytes(*context, *params)), given, given_bytes, &status);
+  return status == MIXTRAL_OK ? run(*context, *params, aligned) : status;
+}
 
 }  // namespace mixtral::api

@@ -46,13 +46,8 @@ extern "C" size_t mixtral_moe_experts_workspace_size(const mixtral_context *cont
   return mixtral::api::padded(mixtral::cpu::moe_experts_workspace_size(*context, *params));
 }
 
-extern "C" mixtral_status mixtral_moe_experts(const mixtral_context *context, const mixtral_moe_experts_params *params, void *workspace,
-                                         size_t workspace_bytes, void *stream) {
-  mixtral_status status = mixtral::api::check(context, params);
-  if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_moe_experts", *context, stream);
-  if (status != MIXTRAL_OK) return status;
-  const size_t needed = mixtral::api::padded(mixtral::cpu::moe_experts_workspace_size(*context, *params));
-  workspace = mixtral::api::workspace("mixtral_moe_experts", needed, workspace, workspace_bytes, &status);
-  if (status != MIXTRAL_OK) return status;
-  return mixtral::cpu::moe_experts(*context, *params, workspace);
+extern "C" mixtral_status mixtral_moe_experts(const mixtral_context *context, const mixtral_moe_experts_params *params,
+    void *workspace, size_t workspace_bytes, void *stream) {
+  return mixtral::api::run_with_workspace("mixtral_moe_experts", context, params, workspace, workspace_bytes, stream,
+                                          mixtral::cpu::moe_experts_workspace_size, mixtral::cpu::moe_experts);
 }

@@ -75,13 +75,8 @@ extern "C" size_t mixtral_rolling_attention_workspace_size(const mixtral_context
   return mixtral::api::padded(mixtral::cpu::rolling_attention_workspace_size(*context, *params));
 }
 
-extern "C" mixtral_status mixtral_rolling_attention(const mixtral_context *context, const mixtral_rolling_attention_params *params, void *workspace,
-                                         size_t workspace_bytes, void *stream) {
-  mixtral_status status = mixtral::api::check(context, params);
-  if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_rolling_attention", *context, stream);
-  if (status != MIXTRAL_OK) return status;
-  const size_t needed = mixtral::api::padded(mixtral::cpu::rolling_attention_workspace_size(*context, *params));
-  workspace = mixtral::api::workspace("mixtral_rolling_attention", needed, workspace, workspace_bytes, &status);
-  if (status != MIXTRAL_OK) return status;
-  return mixtral::cpu::rolling_attention(*context, *params, workspace);
+extern "C" mixtral_status mixtral_rolling_attention(const mixtral_context *context, const mixtral_rolling_attention_params *params,
+    void *workspace, size_t workspace_bytes, void *stream) {
+  return mixtral::api::run_with_workspace("mixtral_rolling_attention", context, params, workspace, workspace_bytes, stream,
+                                          mixtral::cpu::rolling_attention_workspace_size, mixtral::cpu::rolling_attention);
 }
