@@ -243,22 +243,52 @@ def test_key_ranges():
     assert ranges(3, 9, q_offset=6, attention_mask=whole, allow_is_causal_skip=False) == expected((0, 9), (0, 9), (0, 9))
 
 
-def test_decoding_after_right_padding():
-    """Padding between tokens is refused while a query can see it, and right once the window has passed it."""
-    model = make_model("mixtral", 4)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 4, 40])
+def test_decoding_after_right_padding(window, static):
+    """Padding between tokens is refused at every step, also when the window has passed it."""
+    model = make_model("mixtral", window)
     ids, mask = prompts("right", lengths=(8, 6))
     ids, mask = torch.cat([ids, ids[:, :6] + 1], 1), torch.cat([mask, torch.ones(2, 6, dtype=torch.long)], 1)
-    for size in (8, 13):  # the prompt; the prompt and 5 new tokens
-        with pytest.raises(ValueError, match="padding between tokens"):
-            step_by_step(ours(model), ids, mask, DynamicCache(config=model.config), (8, 1) if size == 8 else (size,))
-    # Positions 6 and 7 of the second prompt are padding; the queries at 11 and later see 8 and later.
+
+    def cache():
+        return StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+
+    for chunks in ((8, 1), (13,)):  # a step after the prompt; the prompt and 5 new tokens at once
+        with pytest.raises(ValueError, match="padding between tokens .*pad prompts on the left"):
+            step_by_step(ours(model), ids, mask, cache(), chunks)
+    # Positions 6 and 7 of the second prompt are padding; a query at 11 with window 4 sees 8 and later.
+    filled = cache()
+    step_by_step(model, ids, mask, filled, (11,))
+    with pytest.raises(ValueError, match="padding between tokens"):
+        ours(model)(input_ids=ids[:, 11:12], attention_mask=mask[:, :12], past_key_values=filled)
+    with pytest.raises(ValueError, match="padding between tokens"):
+        ours(model).generate(ids[:, :8], attention_mask=mask[:, :8], max_new_tokens=3, do_sample=False)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+def test_left_padding_that_the_window_has_passed(window, static):
+    """Decoding goes on however far the padding lies behind, and a longer mask (room in the cache) changes nothing."""
+    model = make_model("mistral", window)
+    ids, mask = prompts("left", lengths=(12, 10))
+    longer = torch.nn.functional.pad(mask, (0, 5))
     logits = []
-    for candidate in (model, ours(model)):
-        cache = DynamicCache(config=model.config)
-        step_by_step(model, ids, mask, cache, (8, 3))
+    for candidate, whole in ((model, False), (ours(model), False), (ours(model), True)):
+        cache = StaticCache(config=model.config, max_cache_len=17) if static else DynamicCache(config=model.config)
         with torch.no_grad():
-            logits.append(candidate(input_ids=ids[:, 11:], attention_mask=mask, past_key_values=cache).logits)
+            rows = [
+                candidate(
+                    input_ids=ids[:, i : i + 1],
+                    attention_mask=longer if whole else mask[:, : i + 1],
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, i : i + 1],
+                    past_key_values=cache,
+                ).logits
+                for i in range(12)
+            ]
+        logits.append(torch.cat(rows, 1)[mask.bool()])
     assert_same(logits[1], logits[0])
+    assert_same(logits[2], logits[0])
 
 
 def test_finished_sequences_may_be_masked():

@@ -5,9 +5,10 @@
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="mixtral_ext", attn_implementation="mixtral_ext")
 
 Masks: padding on the left, on the right or on both sides, full and sliding windows, any of transformers' caches. A
-mask with holes that a query can see, a 4-D mask, packed sequences, bidirectional attention and everything else our
-kernel would not honour is a ValueError. The rows of padding tokens hold other values than transformers'. So pad on the
-left to generate: generate() takes the first new token from the last row of the prompt, with right padding a padding row.
+mask with padding between tokens (even before the window), a 4-D mask, packed sequences, bidirectional attention and
+everything else our kernel would not honour is a ValueError. The rows of padding tokens hold other values than
+transformers'. So pad on the left to generate: with right padding, generate() takes the first new token from a padding
+row, and the step after it is refused, since its mask has padding between the prompt and the new token.
 
 Inference only: a forward pass under autograd works, its backward raises.
 """
@@ -132,33 +133,38 @@ def key_ranges(
         "plain causal or sliding-window attention",
         "another mask function (packed sequences, bidirectional or custom masks are not supported)",
     )
-    if local_size == 1 and allow_is_causal_skip:  # Every token sees itself alone; a dynamic cache keeps all keys and reports none.
-        return None
     end = q_offset + q_length - kv_offset
     if attention_mask is None:
-        if allow_is_causal_skip and isinstance(end, int) and end == kv_length:
-            return None
-        return _pack(torch.zeros(batch_size, device=device), end)
+        start, padded = torch.zeros(batch_size, device=device), False
+    else:
+        end = int(end)
+        start = (_first_tokens(attention_mask, kv_offset + end) - kv_offset).clamp(min=0)
+        padded = bool(start.any())
+    # With window 1 every token sees itself alone, and a dynamic cache keeps all keys but reports none.
+    if allow_is_causal_skip and (local_size == 1 or (not padded and isinstance(end, int) and end == kv_length)):
+        return None
+    return _pack(start, end)
 
+
+def _first_tokens(attention_mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Where the ones of a mask begin in the first `tokens` columns, i64 [B]; 0 for a row of zeros.
+
+    A mask whose ones do not lie together is refused wherever the gap is: a window that has passed it changes nothing.
+    """
     _require(attention_mask.ndim == 2, "a 2-D attention_mask [B, tokens]", _describe(attention_mask))
-    end = int(end)
     _require(
-        attention_mask.shape[1] >= kv_offset + end,
-        f"an attention_mask of {kv_offset + end} tokens (cached and new)",
+        attention_mask.shape[1] >= tokens,
+        f"an attention_mask of {tokens} tokens (cached and new)",
         _describe(attention_mask),
     )
-    # The keys that some query can see. What lies before them does not matter, whatever the mask says.
-    first = 0 if local_size is None else max(0, end - q_length - local_size + 1)
-    visible = attention_mask[:, kv_offset + first : kv_offset + end].bool()  # [B, L]
-    if allow_is_causal_skip and end == kv_length and bool(visible.all()):
-        return None
-    starts = torch.nn.functional.pad(visible, (1, 0))[:, :-1].logical_not() & visible  # [B, L], where a run of ones begins
+    seen = attention_mask[:, :tokens].bool()
+    begins = torch.nn.functional.pad(seen, (1, 0))[:, :-1].logical_not() & seen  # where a run of ones begins
     _require(
-        int(starts.sum(-1).max()) <= 1,
+        not bool((begins.sum(-1) > 1).any()),
         "an attention_mask of ones with padding at the ends",
         "padding between tokens (for decoding, pad prompts on the left)",
     )
-    return _pack(first + starts.int().argmax(-1), end)  # of padding alone: any range does
+    return begins.int().argmax(-1)
 
 
 def _pack(start: torch.Tensor, end: int | torch.Tensor) -> torch.Tensor:
