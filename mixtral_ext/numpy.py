@@ -35,7 +35,10 @@ def get_num_threads():
 
 
 def set_num_threads(threads):
-    """Use `threads` threads from now on, the caller's own among them; 1 runs every op on the calling thread alone."""
+    """Use `threads` threads from now on, the caller's own among them; 1 runs every op on the calling thread alone.
+
+    threads: 1 to 4096. Where the system starts fewer, those are used (see get_num_threads).
+    """
     _numpy.set_num_threads(threads)
 
 
@@ -66,13 +69,6 @@ def _results(op, out, count):
         raise TypeError(f"mixtral_{op}: out: expected a tuple of {count} arrays, got {type(out).__name__}"
                         + (f" of {len(out)}" if isinstance(out, tuple) else ""))
     return out
-
-
-def _or_zero(op, name, value):
-    """The C value of an optional number: None is 0 there, so 0 itself must not be asked for."""
-    if value is not None and value == 0:
-        raise ValueError(f"mixtral_{op}: {name}: expected None or a number other than 0, got {value}")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------- routing
@@ -215,16 +211,15 @@ def sliding_window_attention(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_
     gets out 0 and lse -inf; packed queries outside the bounds are not written (undefined without `out`). With
     out=(out, None) no lse is written.
     """
-    op = "sliding_window_attention"
     if out is None:
         batch = (_size(q, 0),) if getattr(q, "ndim", 0) == 4 else ()
         out = (_like(q, *getattr(q, "shape", ())),
                np.empty((*batch, _size(q, len(batch) + 1), _size(q, len(batch))), np.float32))
-    result, lse = _results(op, out, 2)
+    result, lse = _results("sliding_window_attention", out, 2)
     _numpy.sliding_window_attention(
         q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, window=_or_zero(op, "window", window),
-        softmax_scale=_or_zero(op, "softmax_scale", softmax_scale), k_start=k_start, k_length=k_length, out=result, lse=lse)
+        max_seqlen_k=max_seqlen_k, window=window, softmax_scale=softmax_scale, k_start=k_start, k_length=k_length,
+        out=result, lse=lse)
     return out
 
 
@@ -248,15 +243,13 @@ def rolling_attention(q, k, v, k_cache, v_cache, cu_seqlens_q, cache_lengths, wi
     Returns (out like q, lse float32 [Hq, Tq]); queries outside the bounds are not written (undefined without `out`). With
     out=(out, None) no lse is written.
     """
-    op = "rolling_attention"
     if out is None:
         out = (_like(q, *getattr(q, "shape", ())), np.empty((_size(q, 1), _size(q, 0)), np.float32))
-    result, lse = _results(op, out, 2)
+    result, lse = _results("rolling_attention", out, 2)
     _numpy.rolling_attention(
         q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cu_seqlens_q=cu_seqlens_q, cache_lengths=cache_lengths,
-        cache_slots=cache_slots, max_seqlen_q=max_seqlen_q, max_cache_length=-1 if max_cache_length is None else max_cache_length,
-        window=_or_zero(op, "window", window), softmax_scale=_or_zero(op, "softmax_scale", softmax_scale),
-        rope_theta=_or_zero(op, "rope_theta", rope_theta), rope_interleaved=bool(rope_interleaved), out=result, lse=lse)
+        cache_slots=cache_slots, max_seqlen_q=max_seqlen_q, max_cache_length=max_cache_length, window=window,
+        softmax_scale=softmax_scale, rope_theta=rope_theta, rope_interleaved=bool(rope_interleaved), out=result, lse=lse)
     return out
 
 

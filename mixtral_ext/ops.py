@@ -9,7 +9,8 @@ Rules of all ops
   contiguous where not said otherwise. All tensors of a call are on one device.
 - A wrong dtype, shape, stride, device or limit is a ValueError that names the argument, what was expected and what came;
   nothing is written then. Index *values* are checked on the CPU; on CUDA bad ones are skipped and never read or write
-  out of range (debug.check_<op> finds them). What device or build cannot do is a RuntimeError.
+  out of range (debug.check_<op> finds them). What device or build cannot do is a RuntimeError, and so is an argument of
+  another kind than the schema has (window=2.5, a list for a tensor): that one is torch's own, and names the argument.
 - `out` takes the result tensors (a tuple where there are several), writes into them and returns them. They must not
   overlap the inputs.
 - For inference: where an input requires grad, backward raises; with `out` and in ops that change a tensor the call does.

@@ -58,7 +58,8 @@ def gapped(t):
 
 # op, argument, what to do with it (a function of its value, or the new value), the message after "mixtral_<op>: "
 HOST_VISIBLE = [
-    ("moe_gate", "router_logits", doubles, "router_logits: expected dtype float32, bfloat16.*got float64"),
+    ("moe_gate", "router_logits", doubles, "router_logits: expected dtype float32, bfloat16 or float16, got float64$"),
+    ("moe_gate", "router_logits", torch.Tensor.bool, "router_logits: expected dtype float32, bfloat16 or float16, got bool$"),
     ("moe_gate", "router_logits", longs, "router_logits: expected dtype float32, bfloat16 or float16, got int64"),
     ("moe_gate", "router_logits", flat, "router_logits: expected 2 dimensions, got 1"),
     ("moe_gate", "router_logits", deep, "router_logits: expected 1 to 4 dimensions, got 5"),
@@ -93,9 +94,11 @@ HOST_VISIBLE = [
     ("grouped_gemm_swiglu", "w_gate_up", halves, "w_gate_up: expected dtype float32 .as a., got float16"),
     ("grouped_gemm_swiglu", "a_rows_divisor", -1, "a_rows_divisor: expected 1 to 2147483647, got -1"),
     ("moe_experts", "w_down", narrow, r"w_down: expected shape \[4, 64, 48\], got \[4, 64, 47\]"),
-    ("moe_experts", "topk_weights", doubles, "topk_weights: expected dtype float32, .*got float64"),
+    ("moe_experts", "topk_weights", doubles, "topk_weights: expected dtype float32, got float64$"),
+    ("moe_experts", "topk_ids", torch.Tensor.short, "topk_ids: expected dtype int32 or int64, got int16$"),
     ("moe_experts", "topk_ids", short, r"topk_ids: expected shape \[7, any\], got \[6, 2\]"),
     ("moe_experts", "slot_rows", None, "expert_offsets, sorted_slots, slot_rows: expected all or none, got 2 of 3"),
+    ("sliding_window_attention", "q", doubles, "q: expected dtype float32, bfloat16 or float16, got float64$"),
     ("sliding_window_attention", "q", flat, r"q: expected 3 dimensions \(packed\) or 4 \(batched\), got 1"),
     ("sliding_window_attention", "q", narrow, "q: expected head dim 64 or 128|k: expected shape"),
     ("sliding_window_attention", "k", halves, "k: expected dtype float32 .as q., got float16"),
@@ -114,6 +117,7 @@ HOST_VISIBLE = [
     ("rolling_attention", "cache_slots", longs, "cache_slots: expected dtype int32, got int64"),
     ("rolling_attention", "window", 9, "window: expected 0 to 8, got 9"),
     ("rolling_attention", "window", None, r"max_cache_length: expected max_cache_length \+ max_seqlen_q <= 8 \(capacity\)"),
+    ("rolling_attention", "max_cache_length", -1, "max_cache_length: expected None or a value of 0 or more, got -1$"),
     ("rolling_attention", "rope_theta", 0.0, "rope_theta: expected None or a value other than 0, got 0"),
     ("rolling_attention", "rope_theta", -1.0, "rope_theta: expected 0 or a positive finite number, got -1"),
     ("apply_rope", "q", narrow, "q: expected head dim 64 or 128, got 63"),
@@ -222,6 +226,46 @@ def test_batched_ranges():
         for f in (mixtral_ext.sliding_window_attention, debug.check_sliding_window_attention):
             with pytest.raises(ValueError, match=re.escape(message)):
                 f(**inputs)
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("max_seqlen_q", 6, r"max_seqlen_q: expected 0 or at least 7 \(tokens of q\) without cu_seqlens_q, got 6$"),
+    ("max_seqlen_k", 8, r"max_seqlen_k: expected 0 or at least 9 \(tokens of k\) without cu_seqlens_k, got 8$")])
+@pytest.mark.parametrize("batch", [(), (1,)], ids=["packed", "batched"])
+def test_maxima_below_lengths_that_are_known(batch, name, value, message):
+    """Without cu_seqlens the arrays say how long the sequences are."""
+    q, k = torch.randn(*batch, 7, 2, 64), torch.randn(*batch, 9, 2, 64)
+    out = torch.full_like(q, 7), None
+    for f in (mixtral_ext.sliding_window_attention, debug.check_sliding_window_attention):
+        with pytest.raises(ValueError, match="^mixtral_sliding_window_attention: " + message):
+            f(q, k, k, **{name: value})
+    with pytest.raises(ValueError, match=message):
+        mixtral_ext.sliding_window_attention(q, k, k, **{name: value}, out=out)
+    assert (out[0] == 7).all()
+    plain = mixtral_ext.sliding_window_attention(q, k, k)
+    for a, b in zip(plain, mixtral_ext.sliding_window_attention(q, k, k, max_seqlen_q=7, max_seqlen_k=9)):
+        assert same_bits(a, b)
+
+
+def test_maxima_below_key_counts():
+    c = case("sliding_window_attention", "batched_keys")
+    inputs = c.inputs(torch.float32)
+    longest = int(inputs["k_length"].max())
+    at = int(inputs["k_length"].argmax())
+    expected = f"max_seqlen_k: expected at least {longest} (keys of sequence {at}), got {longest - 1}"
+    for f in (mixtral_ext.sliding_window_attention, debug.check_sliding_window_attention):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            f(**inputs, max_seqlen_k=longest - 1)
+        f(**inputs, max_seqlen_k=longest)
+
+
+@pytest.mark.parametrize("op", ["sliding_window_attention", "rolling_attention"])
+@pytest.mark.parametrize("window", [2.5, "3", [3]])
+def test_a_window_that_is_no_integer(op, window):
+    """Refused by torch, from the schema."""
+    inputs = case(op, NAMES[op]).inputs(torch.float32)
+    with pytest.raises(RuntimeError, match="for argument 'window' but instead found type"):
+        getattr(mixtral_ext, op)(**{**inputs, "window": window})
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "apply_rope"])

@@ -43,18 +43,21 @@ void shape_text(char *text, size_t bytes, const int64_t *shape, int ndim, bool p
   if (used < bytes) snprintf(text + used, bytes - used, "]");
 }
 
-// Number of elements, or -1 if it or a byte extent does not fit 63 bits.
+// Number of elements, or -1 if it or a byte extent does not fit 63 bits. That is asked of an empty array as if its
+// dimensions of 0 were 1, so that the products of its other dimensions, which kernels form, are safe too.
 int64_t element_count(const mixtral_tensor &t) {
   int64_t count = 1, last = 0;
+  bool empty = false;
   for (int i = 0; i < t.ndim; ++i) {
-    if (t.shape[i] == 0) return 0;
+    empty |= t.shape[i] == 0;
+    if (t.shape[i] <= 1) continue;
     int64_t extent;
     if (__builtin_mul_overflow(count, t.shape[i], &count)) return -1;
     if (__builtin_mul_overflow(t.shape[i] - 1, t.stride[i], &extent) || __builtin_add_overflow(last, extent, &last) ||
         last > INT64_MAX / 16)
       return -1;
   }
-  return count;
+  return empty ? 0 : count;
 }
 
 // No two elements share memory: with dimensions in order of stride, each stride passes over all smaller dimensions.

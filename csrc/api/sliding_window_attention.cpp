@@ -45,6 +45,12 @@ mixtral_status check(const mixtral_context *context, const mixtral_sliding_windo
   if (present(p.k_length)) c.tensor("k_length", p.k_length, {p.q.shape[0]}, kI32, kContiguous);
   c.range("max_seqlen_q", p.max_seqlen_q, 0, INT32_MAX);
   c.range("max_seqlen_k", p.max_seqlen_k, 0, INT32_MAX);
+  c.require(bounds || p.max_seqlen_q == 0 || p.max_seqlen_q >= query[0],
+            "max_seqlen_q: expected 0 or at least %lld (tokens of q) without cu_seqlens_q, got %lld", (long long)query[0],
+            (long long)p.max_seqlen_q);
+  c.require(bounds || ranges || p.max_seqlen_k == 0 || p.max_seqlen_k >= key[0],
+            "max_seqlen_k: expected 0 or at least %lld (tokens of k) without cu_seqlens_k, got %lld", (long long)key[0],
+            (long long)p.max_seqlen_k);
   c.range("window", p.window, 0, INT32_MAX);
   c.require(p.softmax_scale >= -1e30 && p.softmax_scale <= 1e30, "softmax_scale: expected a finite number, got %g",
             p.softmax_scale);

@@ -26,8 +26,13 @@ namespace {
 // meanwhile does its own tasks alone.
 class Pool {
  public:
+  // Fewer threads where the system does not give so many.
   explicit Pool(int threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    workers_.reserve((size_t)threads);
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    } catch (const std::exception &) {  // system_error, bad_alloc
+    }
   }
 
   ~Pool() {
@@ -138,7 +143,8 @@ std::shared_ptr<Engine> engine() {
 
 // ---------------------------------------------------------------------------------------------------------- fields
 
-enum Kind { kInput, kOutput, kInt32, kInt64, kDouble };
+// Of the optional numbers None is the C API's 0 (kNonzero...) or -1 (kLength), which itself must not be asked for.
+enum Kind { kInput, kOutput, kInt32, kInt64, kDouble, kNonzeroInt64, kNonzeroDouble, kLength };
 
 struct Field {
   const char *name;
@@ -183,13 +189,13 @@ const Op kOps[] = {
        FIELD(kOutput, out)),
     OP(sliding_window_attention, FIELD(kInput, q), FIELD(kInput, k), FIELD(kInput, v), FIELD(kInput, cu_seqlens_q),
        FIELD(kInput, cu_seqlens_k), FIELD(kInput, k_start), FIELD(kInput, k_length), FIELD(kInt64, max_seqlen_q),
-       FIELD(kInt64, max_seqlen_k), FIELD(kInt64, window), FIELD(kDouble, softmax_scale), FIELD(kOutput, out),
+       FIELD(kInt64, max_seqlen_k), FIELD(kNonzeroInt64, window), FIELD(kNonzeroDouble, softmax_scale), FIELD(kOutput, out),
        FIELD(kOutput, lse)),
     OP(rolling_attention, FIELD(kInput, q), FIELD(kInput, k), FIELD(kInput, v), FIELD(kOutput, k_cache),
        FIELD(kOutput, v_cache), FIELD(kInput, cu_seqlens_q), FIELD(kInput, cache_lengths), FIELD(kInput, cache_slots),
-       FIELD(kInt64, max_seqlen_q), FIELD(kInt64, max_cache_length), FIELD(kInt64, window),
-       FIELD(kDouble, softmax_scale), FIELD(kDouble, rope_theta), FIELD(kInt32, rope_interleaved), FIELD(kOutput, out),
-       FIELD(kOutput, lse)),
+       FIELD(kInt64, max_seqlen_q), FIELD(kLength, max_cache_length), FIELD(kNonzeroInt64, window),
+       FIELD(kNonzeroDouble, softmax_scale), FIELD(kNonzeroDouble, rope_theta), FIELD(kInt32, rope_interleaved),
+       FIELD(kOutput, out), FIELD(kOutput, lse)),
     OP(apply_rope, FIELD(kOutput, q), FIELD(kOutput, k), FIELD(kInput, positions), FIELD(kDouble, theta),
        FIELD(kInt32, interleaved)),
 };
@@ -200,18 +206,17 @@ const Op kOps[] = {
 
 std::string type_of(py::handle value) { return py::str(py::type::handle_of(value).attr("__name__")); }
 
-// float32, float16, int32, int64; bfloat16 is any dtype of that name (ml_dtypes has one) or its bits as uint16.
+// The DLPack code; bfloat16 is any dtype of that name (ml_dtypes has one) or its bits as uint16. What the argument does
+// not take is refused by the C API, which knows what it does take.
 int32_t dtype_code(const Op &op, const char *name, const py::dtype &dtype) {
   const char kind = dtype.kind();
   const ssize_t bytes = dtype.itemsize();
   const std::string text = py::str(dtype);
   if (!dtype.attr("isnative").cast<bool>()) refuse(op, name, "native byte order", "dtype " + text);
-  if (kind == 'f' && bytes == 4) return MIXTRAL_DTYPE_F32;
-  if (kind == 'f' && bytes == 2) return MIXTRAL_DTYPE_F16;
-  if (kind == 'i' && bytes == 4) return MIXTRAL_DTYPE_I32;
-  if (kind == 'i' && bytes == 8) return MIXTRAL_DTYPE_I64;
   if ((kind == 'u' && bytes == 2) || text == "bfloat16") return MIXTRAL_DTYPE_BF16;
-  refuse(op, name, "dtype float32, float16, bfloat16 (or uint16 holding its bits), int32 or int64", "dtype " + text);
+  const char *const kinds = "iuf..cb", *const found = strchr(kinds, kind);  // at the place of their DLPack code
+  if (kind == '.' || !found || bytes > 16) refuse(op, name, "numbers", "dtype " + text);
+  return 1 << 16 | (int32_t)bytes << 11 | (int32_t)(found - kinds);
 }
 
 mixtral_tensor tensor(const Op &op, const Field &field, py::handle value) {
@@ -257,18 +262,22 @@ double real(const Op &op, const Field &field, py::handle value) {
 void fill(char *params, const Op &op, const Field &field, py::handle value) {
   char *at = params + field.offset;
   const auto put = [at](const auto &converted) { memcpy(at, &converted, sizeof converted); };
-  switch (field.kind) {
-    case kInput:
-    case kOutput: return put(tensor(op, field, value));
-    case kInt32: return put((int32_t)integer(op, field, value));
-    case kInt64: return put(integer(op, field, value));
-    case kDouble: return put(real(op, field, value));
+  if (field.kind == kInput || field.kind == kOutput) return put(tensor(op, field, value));
+  if (field.kind == kInt32) return put((int32_t)integer(op, field, value));
+  if (field.kind == kDouble || field.kind == kNonzeroDouble) {
+    const double number = real(op, field, value);
+    if (field.kind == kNonzeroDouble && number == 0) refuse(op, field.name, "None or a value other than 0", "0");
+    return put(number);
   }
+  const int64_t number = value.is_none() ? -1 : integer(op, field, value);
+  if (field.kind == kNonzeroInt64 && number == 0) refuse(op, field.name, "None or a value other than 0", "0");
+  if (field.kind == kLength && number < 0 && !value.is_none()) refuse(op, field.name, "None or a value of 0 or more", std::to_string(number));
+  put(number);
 }
 
 // ------------------------------------------------------------------------------------------------------------- run
 
-// Fields that are not given or None stay zero, which is "absent" for a tensor.
+// Fields that are not given or None stay zero, which is "absent" for a tensor; a length is then -1.
 void run(size_t number, const py::kwargs &values) {
   const Op &op = kOps[number];
   const auto params = std::make_unique<char[]>(op.params_size);  // zeroed
@@ -278,7 +287,7 @@ void run(size_t number, const py::kwargs &values) {
     if (!values.contains(field.name)) continue;
     ++used;
     const py::object value = values[field.name];
-    if (!value.is_none()) fill(params.get(), op, field, value);
+    if (!value.is_none() || field.kind == kLength) fill(params.get(), op, field, value);
   }
   if (used != values.size()) throw py::type_error(std::string(op.name) + ": unknown field in " + std::string(py::str(values)));
 

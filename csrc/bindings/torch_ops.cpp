@@ -2,7 +2,7 @@
 //
 // Only PyTorch's stable ABI is used (target 2.11), so one build loads in later torch versions, CPU or CUDA. Each op has
 // its `.out` form here as the primitive; the functional form allocates the results and calls it. What can be checked
-// by the C API is left to it: here are the checks that need torch (device, known dtype, None against 0).
+// by the C API is left to it: here are the checks that need torch (device, None against the C API's number for it).
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -143,7 +143,7 @@ class Call {
     if (ndim < 1 || ndim > 4) fail(name, "expected 1 to 4 dimensions, got " + std::to_string(ndim));
     mixtral_tensor result = {};
     result.data = t.data_ptr();
-    result.dtype = dtype(name, t);
+    result.dtype = dtype(t);
     result.ndim = (int32_t)ndim;
     memcpy(result.shape, t.sizes().data(), sizeof(int64_t) * ndim);
     memcpy(result.stride, t.strides().data(), sizeof(int64_t) * ndim);
@@ -162,6 +162,12 @@ class Call {
   T or_zero(const char *name, const std::optional<T> &value) {
     if (value && *value == 0) fail(name, "expected None or a value other than 0, got 0");
     return value.value_or(0);
+  }
+
+  // None is the C API's -1.
+  int64_t or_minus_one(const char *name, const OptionalInt &value) {
+    if (value && *value < 0) fail(name, "expected None or a value of 0 or more, got " + std::to_string(*value));
+    return value.value_or(-1);
   }
 
   template <class Params>
@@ -190,20 +196,22 @@ class Call {
     raise(MIXTRAL_ERROR_INVALID_ARGUMENT, std::string(op_) + ": " + name + ": " + what);
   }
 
-  int32_t dtype(const char *name, const Tensor &t) {
+  // The DLPack code.
+  static int32_t dtype(const Tensor &t) {
     const int32_t dtype = torch_dtype(t);
     if (dtype == aoti_torch_dtype_bfloat16()) return MIXTRAL_DTYPE_BF16;
     if (dtype == aoti_torch_dtype_float16()) return MIXTRAL_DTYPE_F16;
     if (dtype == aoti_torch_dtype_float32()) return MIXTRAL_DTYPE_F32;
     if (dtype == aoti_torch_dtype_int32()) return MIXTRAL_DTYPE_I32;
     if (dtype == aoti_torch_dtype_int64()) return MIXTRAL_DTYPE_I64;
-    const char *got = dtype == aoti_torch_dtype_float64() ? "float64"
-                      : dtype == aoti_torch_dtype_bool()  ? "bool"
-                      : dtype == aoti_torch_dtype_uint8() ? "uint8"
-                      : dtype == aoti_torch_dtype_int8()  ? "int8"
-                      : dtype == aoti_torch_dtype_int16() ? "int16"
-                                                          : "another";
-    fail(name, std::string("expected dtype float32, bfloat16, float16, int32 or int64, got ") + got);
+    // Refused by the C API, which knows what this argument takes; these are the codes that it has names for.
+    if (dtype == aoti_torch_dtype_float64()) return 0x00014002;
+    if (dtype == aoti_torch_dtype_bool()) return 0x00010806;
+    if (dtype == aoti_torch_dtype_uint8()) return 0x00010801;
+    if (dtype == aoti_torch_dtype_int8()) return 0x00010800;
+    if (dtype == aoti_torch_dtype_int16()) return 0x00011000;
+    if (dtype == aoti_torch_dtype_complex64()) return 0x00014005;
+    return 0;
   }
 
   const char *op_, *first_name_ = nullptr;
@@ -432,7 +440,7 @@ void rolling_attention_out(const Tensor &q, const OptionalTensor &k, const Optio
   p.cache_lengths = call.tensor("cache_lengths", cache_lengths);
   p.cache_slots = call.tensor("cache_slots", cache_slots);
   p.max_seqlen_q = max_seqlen_q.value_or(0);
-  p.max_cache_length = max_cache_length.value_or(-1);
+  p.max_cache_length = call.or_minus_one("max_cache_length", max_cache_length);
   p.window = call.or_zero("window", window);
   p.softmax_scale = call.or_zero("softmax_scale", softmax_scale);
   p.rope_theta = call.or_zero("rope_theta", rope_theta);

@@ -23,6 +23,17 @@ const char *dtype_name(int32_t dtype) {
     case MIXTRAL_DTYPE_F16: return "float16";
     case MIXTRAL_DTYPE_F32: return "float32";
     case MIXTRAL_DTYPE_BF16: return "bfloat16";
+    // DLPack codes of what no op takes, as the bindings pass them on.
+    case 0x00010800: return "int8";
+    case 0x00011000: return "int16";
+    case 0x00010801: return "uint8";
+    case 0x00011001: return "uint16";
+    case 0x00012001: return "uint32";
+    case 0x00014001: return "uint64";
+    case 0x00014002: return "float64";
+    case 0x00014005: return "complex64";
+    case 0x00018005: return "complex128";
+    case 0x00010806: return "bool";
     default: return "unknown";
   }
 }

@@ -46,6 +46,10 @@ mixtral_status check_ranges(const mixtral_sliding_window_attention_params &p) {
     if (lengths && (lengths[b] < 0 || lengths[b] > keys - start))
       return fail(MIXTRAL_ERROR_INVALID_ARGUMENT, "%s: k_length: expected 0 to %lld (keys after k_start), got %d at [%lld]", kOp,
                   (long long)(keys - start), lengths[b], (long long)b);
+    const int64_t length = lengths ? lengths[b] : keys - start;
+    if (p.max_seqlen_k && length > p.max_seqlen_k)
+      return fail(MIXTRAL_ERROR_INVALID_ARGUMENT, "%s: max_seqlen_k: expected at least %lld (keys of sequence %lld), got %lld", kOp,
+                  (long long)length, (long long)b, (long long)p.max_seqlen_k);
   }
   return MIXTRAL_OK;
 }

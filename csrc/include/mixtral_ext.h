@@ -313,8 +313,8 @@ typedef struct mixtral_sliding_window_attention_params {
   mixtral_tensor cu_seqlens_k; /* optional [B+1] i32; first 0, not decreasing, last <= Tk */
   mixtral_tensor k_start;      /* optional [B] i32, batched only; 0 <= k_start <= Sk */
   mixtral_tensor k_length;     /* optional [B] i32, batched only; 0 <= k_length <= Sk - k_start */
-  int64_t max_seqlen_q;        /* with cu_seqlens: no sequence has more queries than this; 0 = unknown (Tq is used) */
-  int64_t max_seqlen_k;        /* with cu_seqlens: no sequence has more keys than this; 0 = unknown (Tk is used) */
+  int64_t max_seqlen_q;        /* no sequence has more queries than this; 0 = unknown (Tq is used); of use with cu_seqlens */
+  int64_t max_seqlen_k;        /* no sequence has more keys than this; 0 = unknown (Tk is used); of use with cu_seqlens */
   int64_t window;              /* W >= 1, or 0 for plain causal */
   double softmax_scale;        /* finite; 0 selects 1/sqrt(D) */
   mixtral_tensor out;          /* out, dtype and shape of q */

@@ -202,6 +202,9 @@ static void bad_routing(void) {
   BAD(moe_sort, "moe_sort", (p.topk_ids.shape[0] = (int64_t)1 << 30, p.topk_ids.stride[0] = 0), "topk_ids", "got 1073741824");
   BAD(moe_sort, "moe_sort", p.reserved = 1, "reserved", "got 1");
 
+  /* An empty array has the same limits wherever its 0 stands, 2^59 elements from first to last. */
+  BAD(moe_permute, "moe_permute", (p.hidden.shape[0] = 0, p.hidden.shape[1] = (int64_t)1 << 60), "hidden: expected less than 2^59", "got");
+  BAD(moe_permute, "moe_permute", (p.hidden.shape[0] = (int64_t)1 << 60, p.hidden.shape[1] = 0), "hidden: expected less than 2^59", "got");
   BAD(moe_permute, "moe_permute", p.top_k = 0, "top_k", "got 0");
   BAD(moe_permute, "moe_permute", p.top_k = 9, "top_k: expected 1 to 8", "got 9");
   BAD(moe_permute, "moe_permute", p.reserved = 1, "reserved", "got 1");
@@ -271,6 +274,8 @@ static void bad_attention(void) {
   BAD(sliding_window_attention, "attention_packed", p.softmax_scale = NAN, "softmax_scale", "nan");
   BAD(sliding_window_attention, "attention_packed", p.max_seqlen_q = -1, "max_seqlen_q", "got -1");
   BAD(sliding_window_attention, "attention_packed", p.max_seqlen_k = -1, "max_seqlen_k", "got -1");
+  BAD(sliding_window_attention, "attention_packed", (NONE(cu_seqlens_q), NONE(cu_seqlens_k), p.max_seqlen_q = TQ - 1, p.max_seqlen_k = 0), "max_seqlen_q: expected 0 or at least 8", "got 7");
+  BAD(sliding_window_attention, "attention_packed", (NONE(cu_seqlens_q), NONE(cu_seqlens_k), p.max_seqlen_q = TQ, p.max_seqlen_k = TK - 1), "max_seqlen_k: expected 0 or at least 11", "got 10");
   BAD(sliding_window_attention, "attention_packed", p.q.shape[2] = p.k.shape[2] = p.v.shape[2] = p.out.shape[2] = 32, "q: expected head dim 64 or 128", "got 32");
   BAD(sliding_window_attention, "attention_packed", p.k.shape[1] = p.v.shape[1] = 0, "q: expected a number of heads", "got 4");
   BAD(sliding_window_attention, "attention_packed", p.q.shape[1] = p.out.shape[1] = 3, "q: expected a number of heads", "got 3");
@@ -290,6 +295,8 @@ static void bad_attention(void) {
   BAD(sliding_window_attention, "attention_batched",
       (p.q.shape[0] = p.k.shape[0] = p.v.shape[0] = p.out.shape[0] = (int64_t)1 << 40, p.q.shape[1] = p.k.shape[1] = p.v.shape[1] = p.out.shape[1] = 0,
        NONE(k_start), NONE(k_length), NONE(lse)), "q: sequences: expected 0 to 2147483647", "got 1099511627776");
+  BAD(sliding_window_attention, "attention_batched", (NONE(k_start), NONE(k_length), p.max_seqlen_k = SK - 1), "max_seqlen_k: expected 0 or at least 6", "got 5");
+  VALUE(sliding_window_attention, "attention_batched", (ints(k_length)[1] = 0, p.max_seqlen_k = ints(k_length)[0] - 1), "max_seqlen_k: expected at least", "got");
   VALUE(sliding_window_attention, "attention_batched", ints(k_start)[1] = -1, "k_start", "got -1");
   VALUE(sliding_window_attention, "attention_batched", ints(k_start)[1] = SK + 1, "k_start", "got 7");
   VALUE(sliding_window_attention, "attention_batched", ints(k_length)[1] = -1, "k_length", "got -1");
