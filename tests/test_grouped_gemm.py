@@ -9,7 +9,7 @@ from mixtral_ext import reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = [case for op in ("grouped_gemm", "grouped_gemm_swiglu") for case in CASES[op] if not case.large]
-# The kernels' own edges: token tiles of 1 to 6 and of 16, chunks of 96 and 128 tokens, k in blocks of 512 and 1024, 128 weight
+# The kernels' own edges: token tiles of 1 to 6 and of 16, chunks of 96 tokens, k in blocks of 512 and 1024, 128 weight
 # rows a task, and the pass boundary at 1024 rows.
 KERNEL_EDGES = [kind(name, **sizes, cpu_only=True) for kind in (GroupedGemmCase, GroupedGemmSwigluCase) for name, sizes in {
     "token_tiles": dict(segments=(1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33), inner=40, outer=21),

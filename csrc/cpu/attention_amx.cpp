@@ -24,15 +24,9 @@ namespace {
 #define MIXTRAL_ATTENTION_WIDTH 16
 constexpr int kVectors = 2;
 #include "attention_vector.inc"
+#include "amx_tiles.inc"
 
 constexpr int64_t kTile = 16;  // rows of a tile
-
-struct alignas(64) TileConfig {  // the memory operand of LDTILECFG, palette 1
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-const TileConfig kConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 struct Block {
   alignas(64) uint16_t q[kBlockRows * 128];
@@ -119,9 +113,6 @@ inline bool all_finite(const Block &s) {
   for (int i = 0; i < kWidth; ++i) any |= inf[i];
   return any == 0;
 }
-
-// A tile load does not tell the compiler that it reads memory: stores written above this stay above it.
-inline void finish_stores() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 // weights[key][row] of a panel; k_token in bytes.
 template <int kD>

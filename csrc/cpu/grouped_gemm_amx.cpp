@@ -4,8 +4,8 @@
 //   tiles        0-3 C: 2 x 2 blocks of 16 weight rows x 16 tokens, f32
 //                4-5 A: 16 weight rows x 32 of k         6-7 B: 16 pairs of k x 16 tokens
 //   packed       [16 tokens][k rounded up to 32]: per 16 tokens [k/2][token][2], zeros beyond tokens and k
-//   task         one expert x up to 128 weight rows x all tokens in chunks of 128, over kBlock of k at a time: the B panel of
-//                32 tokens (32 KB) stays in L1 while 128 weight rows pass. C waits in f32 scratch, 64 KB of stack
+//   task         one expert x up to 128 weight rows x all tokens in chunks of 96, over kBlock of k at a time: the B panel of
+//                32 tokens (32 KB) stays in L1 while 128 weight rows pass. C waits in f32 scratch, 48 KB of stack
 //   a step of k  4 tdpbf16ps (64 cycles) on 4 tile loads: 2 KB of weights from L2, 2 KB of tokens from L1
 //   per kBlock   64 cycles * 16 and about 130 of storing and loading C
 #include <immintrin.h>
@@ -19,26 +19,27 @@ namespace {
 
 constexpr int kVectorBytes = 64;
 #include "grouped_gemm_vector.inc"
+#include "amx_tiles.inc"
 
 constexpr int64_t kTile = 16;                 // rows of a tile, and tokens
 constexpr int64_t kStep = 32;                 // of k in a tile
 constexpr int64_t kBlock = 512;               // of k between two visits of C
 constexpr int64_t kTileFloats = kTile * kTile;
-constexpr int64_t kChunk = 128;               // tokens
+constexpr int64_t kChunkTiles = 6;            // of tokens; 2 at a time
 static_assert(kTile == kGemmPackRows, "a packed group is a tile");
+constexpr int64_t kScratchStride = kChunkTiles * kTileFloats;  // of a weight tile
+constexpr int64_t kScratchFloats = kGemmColumns / kTile * kScratchStride;
+static_assert(kScratchFloats * 4 + 2 * kTileFloats * 4 + 2 * kTile * kStep * 2 <= 60 * 1024,
+              "scratch, turned and copy with some room in 64 KB of stack");
 
-struct alignas(64) TileConfig {  // the memory operand of LDTILECFG, palette 1
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-const TileConfig kConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-// A 4 x 4 block of 32-bit elements; strides in elements.
-ALWAYS_INLINE void transpose4(const float *a, const float *b, const float *c, const float *d, float *to, int64_t to_stride) {
+// A 4 x 4 block of 32-bit elements from four rows, which may lie at any address; to_stride in elements.
+ALWAYS_INLINE void transpose4(const void *a, const void *b, const void *c, const void *d, float *to, int64_t to_stride) {
   typedef int32_t Index4 __attribute__((vector_size(16)));
-  const Vec4 r0 = *(const Vec4Anywhere *)a, r1 = *(const Vec4Anywhere *)b;
-  const Vec4 r2 = *(const Vec4Anywhere *)c, r3 = *(const Vec4Anywhere *)d;
+  Vec4 r0, r1, r2, r3;
+  memcpy(&r0, a, sizeof r0);
+  memcpy(&r1, b, sizeof r1);
+  memcpy(&r2, c, sizeof r2);
+  memcpy(&r3, d, sizeof r3);
   const Vec4 low01 = __builtin_shuffle(r0, r1, Index4{0, 4, 1, 5}), low23 = __builtin_shuffle(r2, r3, Index4{0, 4, 1, 5});
   const Vec4 high01 = __builtin_shuffle(r0, r1, Index4{2, 6, 3, 7}), high23 = __builtin_shuffle(r2, r3, Index4{2, 6, 3, 7});
   *(Vec4Anywhere *)(to + 0 * to_stride) = __builtin_shuffle(low01, low23, Index4{0, 1, 4, 5});
@@ -68,12 +69,12 @@ void pack(const GroupedGemm &g, const GemmTask &t) {
   for (int64_t k = 0; k < length; k += 8)
     for (int64_t i = 0; i < kTile; i += 4) {
       alignas(16) uint16_t edge[4][8] = {};
-      const float *four[4];
+      const uint16_t *four[4];
       for (int64_t j = 0; j < 4; ++j) {
         const int64_t left = i + j < t.rows ? g.k - k : 0;
-        four[j] = (const float *)edge[j];
+        four[j] = edge[j];
         if (left >= 8)
-          four[j] = (const float *)(rows[i + j] + k);
+          four[j] = rows[i + j] + k;
         else if (left > 0)
           memcpy(edge[j], rows[i + j] + k, (size_t)left * sizeof edge[j][0]);
       }
@@ -94,12 +95,11 @@ struct Source {
 };
 ALWAYS_INLINE Source source(const WeightTile &w, int64_t k, int64_t left, uint16_t (&copy)[kTile][kStep]) {
   if (w.count == kTile && left >= kStep) return {w.rows + k, w.stride * 2};
-  // A tile load does not tell the compiler that it reads memory: the last one stays above these stores, the next below.
-  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  finish_stores();  // below the last tile load of `copy`
   memset(copy, 0, sizeof copy);
   for (int64_t i = 0; i < w.count; ++i)
     memcpy(copy[i], w.rows + i * w.stride + k, (size_t)(left < kStep ? left : kStep) * sizeof copy[i][0]);
-  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  finish_stores();
   return {copy[0], kStep * 2};
 }
 
@@ -148,15 +148,13 @@ void product(const GroupedGemm &g, const GemmTask &t) {
   const int64_t columns = t.column_end - t.column_begin, length = (g.k + kStep - 1) / kStep * kStep;
   const int64_t tiles = (columns + kTile - 1) / kTile, weight_tiles = g.swiglu ? 2 * tiles : tiles;  // gate tiles, up tiles
   const uint16_t *w = (const uint16_t *)g.w + t.expert * g.w_expert_stride + t.column_begin * g.w_stride;
-  alignas(64) float scratch[kChunk * kGemmColumns];  // [weight tile][token tile][16 x 16]
-  constexpr int64_t kScratchStride = kChunk / kTile * kTileFloats;
+  alignas(64) float scratch[kScratchFloats];  // [weight tile][token tile][16 x 16]
   if (g.k == 0) memset(scratch, 0, sizeof scratch);
 
   _tile_loadconfig(&kConfig);
-  const int64_t chunks = (t.rows + kChunk - 1) / kChunk;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t token_tiles = (t.rows + kTile - 1) / kTile;
-    const int64_t first = token_tiles * chunk / chunks, end = token_tiles * (chunk + 1) / chunks;
+  const int64_t token_tiles = (t.rows + kTile - 1) / kTile;
+  for (int64_t first = 0; first < token_tiles; first += kChunkTiles) {
+    const int64_t end = token_tiles < first + kChunkTiles ? token_tiles : first + kChunkTiles;
     for (int64_t k = 0; k < g.k; k += kBlock)
       for (int64_t m = first; m < end; m += 2)
         for (int64_t i = 0; i < weight_tiles; i += 2) {
