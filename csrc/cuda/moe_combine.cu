@@ -42,11 +42,9 @@ __global__ void __launch_bounds__(kThreads)
 mixtral_status moe_combine(const mixtral_context &, const mixtral_moe_combine_params &p, void *stream) {
   const int64_t tokens = p.out.shape[0], columns = p.out.shape[1];
   if (tokens == 0 || columns == 0) return MIXTRAL_OK;
-  const unsigned grid_columns = columns < 65535 * (int64_t)kColumns ? div_up(columns, kColumns) : 65535;
   with_half_type(p.rows.dtype, [&](auto type) {
     using T = decltype(type);
-    const dim3 grid((unsigned)tokens, grid_columns);
-    moe_combine_kernel<T><<<grid, kThreads, 0, (cudaStream_t)stream>>>(
+    moe_combine_kernel<T><<<row_grid(tokens, columns, kColumns), kThreads, 0, (cudaStream_t)stream>>>(
         (const T *)p.rows.data, p.rows.stride[0], p.rows.shape[0], columns, (const int32_t *)p.slot_rows.data,
         p.slot_rows.stride[0], (const float *)p.topk_weights.data, p.topk_weights.stride[0], (int)p.slot_rows.shape[1],
         (T *)p.out.data, p.out.stride[0]);

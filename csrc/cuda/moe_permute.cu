@@ -31,11 +31,9 @@ __global__ void __launch_bounds__(kThreads)
 mixtral_status moe_permute(const mixtral_context &, const mixtral_moe_permute_params &p, void *stream) {
   const int64_t rows = p.rows.shape[0], columns = p.rows.shape[1];
   if (rows == 0 || columns == 0) return MIXTRAL_OK;
-  const unsigned grid_columns = columns < 65535 * (int64_t)kColumns ? div_up(columns, kColumns) : 65535;
   with_half_type(p.hidden.dtype, [&](auto type) {
     using T = decltype(type);
-    const dim3 grid((unsigned)rows, grid_columns);
-    moe_permute_kernel<T><<<grid, kThreads, 0, (cudaStream_t)stream>>>(
+    moe_permute_kernel<T><<<row_grid(rows, columns, kColumns), kThreads, 0, (cudaStream_t)stream>>>(
         (const T *)p.hidden.data, p.hidden.stride[0], p.hidden.shape[0], columns, (const int32_t *)p.sorted_slots.data, p.top_k,
         (T *)p.rows.data, p.rows.stride[0]);
   });

@@ -8,9 +8,11 @@
 
 namespace mixtral::cuda {
 
-// The status of a CUDA call as a mixtral_status; the message names the op and what the runtime said.
+// The status of a CUDA call as a mixtral_status; the message names the op and what the runtime said. The runtime also
+// keeps the error of a failed call, and the next launch would report it as its own: it is taken away here.
 inline mixtral_status cuda_status(const char *op, cudaError_t error) {
   if (error == cudaSuccess) return MIXTRAL_OK;
+  (void)cudaGetLastError();
   return fail(MIXTRAL_ERROR_CUDA, "%s: CUDA: %s: %s", op, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
@@ -23,6 +25,12 @@ void with_half_type(int32_t dtype, const Body &body) {
     body(__half());
 }
 
-inline unsigned div_up(int64_t a, int64_t b) { return (unsigned)((a + b - 1) / b); }
+// Blocks for rows whose columns they share, block_columns each: [rows, blocks of a row], at most as many of a row as a grid
+// may have; a kernel's loop takes the columns beyond.
+inline dim3 row_grid(int64_t rows, int64_t columns, int64_t block_columns) {
+  constexpr int64_t kMost = 65535;
+  const int64_t blocks = columns / block_columns + (columns % block_columns != 0);
+  return dim3((unsigned)rows, (unsigned)(blocks < kMost ? blocks : kMost));
+}
 
 }  // namespace mixtral::cuda
