@@ -57,7 +57,7 @@ def moe_gate(router_logits, top_k=2, renormalize=True, *, out=None):
 
     Returns topk_weights f32 [T, K], topk_ids i32 [T, K], expert_offsets i32 [E+1] (rows of expert e are
     expert_offsets[e] to expert_offsets[e+1]), sorted_slots i32 [T*K] (row r is slot t*K + j, rows by expert, then slot)
-    and slot_rows i32 [T, K], its inverse. A token with a NaN logit gets NaN weights and distinct ids.
+    and slot_rows i32 [T, K], its inverse. A token with a NaN or +inf logit, or with -inf alone, gets NaN weights and distinct ids.
     """
     if out is None:
         return _ops.moe_gate(router_logits, top_k, renormalize)
@@ -153,7 +153,7 @@ def sliding_window_attention(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_
 
     Of a sequence with n queries and m keys, query i stands at p = m - n + i and sees the keys max(0, p - window + 1) to
     p: `window` keys including its own (flash-attn's window_size=(window - 1, 0)); window None sees 0 to p.
-    softmax_scale None is 1/sqrt(D). A query that sees no key gets out 0 and lse -inf.
+    softmax_scale None is 1/sqrt(D). A query that sees no key, or keys with scores of -inf alone, gets out 0 and lse -inf.
 
     Packed: q [Tq, Hq, D], k and v [Tk, Hk, D] float; cu_seqlens_q and cu_seqlens_k i32 [B+1] are the bounds of the
     sequences (without both: one sequence), max_seqlen_q and max_seqlen_k upper bounds of their lengths, if known.

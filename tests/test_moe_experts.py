@@ -54,6 +54,22 @@ def test_given_maps_change_nothing(cpu_build, dtype):
     assert torch.equal(sorts, given)
 
 
+@pytest.mark.parametrize("maps", (False, True))
+def test_more_choices_than_experts(lib, maps):
+    """K <= E is asked for by moe_gate alone: routing made elsewhere may name an expert twice."""
+    inputs = MoeExpertsCase("", tokens=5, experts=2, top_k=2).inputs(torch.float32)
+    inputs |= dict(topk_weights=torch.rand(5, 3), topk_ids=torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, -1], [2, 0, 1]]))
+    expected = reference.moe_experts(**widened(inputs))
+    if maps:
+        names = ("expert_offsets", "sorted_slots", "slot_rows")
+        sizes = ((3,), (15,), (5, 3))
+        inputs |= {name: torch.full(size, HUGE, dtype=torch.int32) for name, size in zip(names, sizes)}
+        lib.call("moe_sort", lib.context(), topk_ids=inputs["topk_ids"].numpy(), num_experts=2,
+                 **{name: inputs[name].numpy() for name in names})
+        inputs["topk_ids"] = torch.full((5, 3), HUGE)  # not read
+    torch.testing.assert_close(run(lib, lib.context(), inputs).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_experts_without_rows_are_not_read(cpu_build):
     library, arch = cpu_build
     inputs = MoeExpertsCase("", tokens=20, experts=4, routing="few").inputs(torch.bfloat16)

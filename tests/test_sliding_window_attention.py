@@ -127,6 +127,23 @@ def test_extreme_scores(cpu_build, queries):
     torch.testing.assert_close(lse.double(), exact[1], rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("queries, keys, gone", ((1, 70, 70), (1, 700, 700), (1, 700, 600), (60, 60, 50)))
+def test_scores_of_minus_infinity(cpu_build, queries, keys, gone, dtype):
+    """The first keys score -inf: as if they were not there, and a query that sees only such keys gets 0 and -inf."""
+    library, arch = cpu_build
+    inputs = edge("minus_infinity", queries, keys, heads=2).inputs(DTYPES[dtype])
+    inputs["q"][..., 5] = 1
+    rest = {**inputs, "k": inputs["k"][gone:], "v": inputs["v"][gone:]}
+    low, exact = reference.sliding_window_attention(**rest), reference.sliding_window_attention(**widened(rest))
+    inputs["k"][:gone, :, 5] = -math.inf
+    out, lse = run(library, library.context(arch), inputs)
+    assert_accurate(out, low[0], exact[0])
+    assert_accurate(lse, low[1], exact[1])
+    blind = lse.isneginf().T
+    assert blind.sum() == 2 * min(queries, max(0, gone - keys + queries)) and (out[blind] == 0).all()
+
+
 def test_lse_is_optional(cpu_build):
     library, arch = cpu_build
     inputs = SMALL[0].inputs(torch.float32)

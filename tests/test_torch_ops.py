@@ -30,6 +30,18 @@ def test_values(op, form, dtype, device):
             raise AssertionError(f"case {c.name}") from error
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_infinite_logits_weigh_what_torch_says(renormalize):
+    inf = float("inf")
+    logits = torch.tensor([[inf, 1, 2, 0], [0, inf, inf, 1], [-inf, inf, 0, 1], [-inf, 3, -inf, 1], [-inf, -inf, 2, -inf], 4 * [-inf]])
+    weights, ids, *_ = mixtral_ext.moe_gate(logits, 2, renormalize)
+    assert ids.tolist() == [[0, 2], [1, 2], [1, 3], [1, 3], [2, 0], [0, 1]]
+    chosen = logits.gather(1, ids.long())
+    expected = chosen.softmax(1) if renormalize else logits.softmax(1).gather(1, ids.long())
+    assert expected.isnan().any(1).tolist() == 3 * [True] + 2 * [False] + [True]
+    torch.testing.assert_close(weights, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_same_bits_for_any_thread_count_and_run(op):
     threads = torch.get_num_threads()

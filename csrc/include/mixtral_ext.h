@@ -25,7 +25,7 @@
  * Shape letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token (top-k), S = T*K rows,
  * Hq/Hk query/key heads, D head dim, B sequences, W window, C cache slots per sequence, M/N/Kd GEMM sizes.
  *
- * Limits: 1 <= K <= min(8, E), 1 <= E <= 256, D in {64, 128}, S < 2^31, Hq a multiple of Hk.
+ * Limits: 1 <= K <= 8 (moe_gate: K <= E too), 1 <= E <= 256, D in {64, 128}, S < 2^31, Hq a multiple of Hk.
  * CPU dtypes: f32, bf16, f16. CUDA dtypes: bf16, f16 (router logits also f32); of arrays in the model's dtype the data
  * pointers and all strides but the innermost are multiples of 16 bytes. Else any alignment that suits the element. The
  * innermost stride is 1 everywhere.
@@ -155,8 +155,8 @@ MIXTRAL_API mixtral_status mixtral_supports(const mixtral_context *context, mixt
 
 /* Router: the K largest logits of each token, their softmax, and the permutation that sorts the T*K (token, expert)
  * pairs by expert. Order is by the f32 value of the logit; ties and -0/+0 go to the lower expert id; NaN ranks highest
- * (a token with a NaN logit gets NaN weights, its ids stay distinct and in range). A -inf logit has weight 0; a token
- * whose logits are all -inf gets NaN weights. */
+ * (a token with a NaN logit gets NaN weights, its ids stay distinct and in range). A -inf logit has weight 0. As in
+ * torch.softmax, a token with a +inf logit and one whose logits are all -inf get NaN weights. */
 typedef struct mixtral_moe_gate_params {
   size_t struct_size;           /* sizeof(mixtral_moe_gate_params) */
   mixtral_tensor router_logits; /* [T, E] f32, bf16 or f16; any row stride */
@@ -279,7 +279,7 @@ typedef struct mixtral_moe_experts_params {
   mixtral_tensor w_gate_up;      /* [E, 2I, H], dtype of hidden; any expert and row stride */
   mixtral_tensor w_down;         /* [E, H, I], dtype of hidden; any expert and row stride */
   mixtral_tensor topk_weights;   /* [T, K] f32; any row stride */
-  mixtral_tensor topk_ids;       /* [T, K] i32 or i64; any row stride; not read when the maps are given */
+  mixtral_tensor topk_ids;       /* [T, K] i32 or i64; any row stride; with the maps its data is not read, but not NULL either */
   mixtral_tensor expert_offsets; /* optional [E+1] i32 */
   mixtral_tensor sorted_slots;   /* optional [T*K] i32 */
   mixtral_tensor slot_rows;      /* optional [T, K] i32 contiguous */
@@ -295,7 +295,7 @@ MIXTRAL_API mixtral_status mixtral_moe_experts(const mixtral_context *context, c
 /* Causal grouped-query attention, bottom-right aligned: of a sequence with n queries and m keys, query i stands at key
  * position p = m - n + i and sees the keys at positions max(0, p-W+1) .. p, W of them including its own (transformers'
  * rule; flash-attn's window_size=(W-1, 0)); window 0 sees 0 .. p. out = softmax(scale * q k^T) v. A query that sees no
- * key gets out 0 and lse -inf. Query head h reads key head h / (Hq/Hk).
+ * key, or keys with scores of -inf alone, gets out 0 and lse -inf. Query head h reads key head h / (Hq/Hk).
  *
  * Packed layout: q [Tq, Hq, D], k and v [Tk, Hk, D], out [Tq, Hq, D], lse [Hq, Tq]; cu_seqlens_q and cu_seqlens_k
  *   [B+1] i32 give the sequence bounds: sequence b has queries [cu_seqlens_q[b], cu_seqlens_q[b+1]). Without both, the
