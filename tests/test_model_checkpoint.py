@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MixtralConfig
 
 from mixtral_model import Model, ModelError, read_config
 from mixtral_model.__main__ import main
@@ -99,6 +100,34 @@ def test_configuration_of_either_format(tmp_path):
     assert (config.window, config.num_experts, config.top_k, config.rope_theta) == (None, 8, 2, 1e6)
 
 
+def test_values_that_say_what_the_model_does_anyway_are_accepted(tmp_path):
+    content = MIXTRAL_8X7B | dict(attention_bias=False, mlp_bias=None, partial_rotary_factor=1.0, layer_types=None, rope_scaling=None,
+                                  rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 7e5, "partial_rotary_factor": 1})
+    (tmp_path / "config.json").write_text("{}")
+    edit_json(tmp_path / "config.json", **content)
+    assert read_config(tmp_path).rope_theta == 7e5
+
+
+@pytest.mark.parametrize("kind, config", [("mixtral", MixtralConfig), ("mistral", MistralConfig)])
+@pytest.mark.parametrize("change", [..., None])
+def test_absent_and_null_keys_mean_what_they_mean_to_transformers(tmp_path, kind, config, change):
+    optional = dict(num_key_value_heads=..., sliding_window=change, rms_norm_eps=..., rope_theta=..., max_position_embeddings=...,
+                    tie_word_embeddings=..., head_dim=change)
+    content = MIXTRAL_8X7B | {"model_type": kind} | optional
+    (tmp_path / "config.json").write_text("{}")
+    edit_json(tmp_path / "config.json", **content)
+    ours, theirs = read_config(tmp_path), config.from_pretrained(tmp_path)
+    assert ours.num_kv_heads == theirs.num_key_value_heads == 8
+    assert ours.window == theirs.sliding_window
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.head_dim == (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    edit_json(tmp_path / "config.json", num_key_value_heads=None)  # as many as heads: older releases of transformers take it
+    assert read_config(tmp_path).num_kv_heads == 32
+
+
 def test_parameter_counts_are_those_of_transformers(tmp_path, peer):
     for name, model in {"mixtral": peer, "mistral": tiny("mistral"), "tied": tiny("mistral", tie_word_embeddings=True)}.items():
         assert read_config(write(tmp_path / name, model)).parameters() == model.num_parameters()
@@ -184,21 +213,37 @@ BAD_CONFIGS = {
     "no config": (lambda d: (d / "config.json").unlink(), "neither config.json nor params.json is there"),
     "architecture": (_config(model_type="llama"), "unknown architecture: expected model_type mistral or mixtral, got 'llama'"),
     "missing size": (_config(hidden_size=...), "config.json: hidden_size is missing"),
-    "size of text": (_config(vocab_size="many"), "vocab_size: expected an integer, got 'many'"),
-    "zero layers": (_config(num_hidden_layers=0), "num_layers: expected a positive integer, got 0"),
-    "fraction": (_config(num_hidden_layers=1.5), "num_hidden_layers: expected an integer, got 1.5"),
+    "size of text": (_config(vocab_size="many"), "vocab_size: expected an integer of at least 1, got 'many'"),
+    "size of true": (_config(vocab_size=True), "vocab_size: expected an integer of at least 1, got True"),
+    "zero layers": (_config(num_hidden_layers=0), "num_hidden_layers: expected an integer of at least 1, got 0"),
+    "fraction": (_config(num_hidden_layers=1.5), "num_hidden_layers: expected an integer of at least 1, got 1.5"),
+    "infinite": (_config(hidden_size=float("inf")), "hidden_size: expected an integer of at least 1, got inf"),
+    "zero heads": (_config(num_attention_heads=0), "num_attention_heads: expected an integer of at least 1, got 0"),
+    "zero key heads": (_config(num_key_value_heads=0), "num_key_value_heads: expected an integer of at least 1, got 0"),
     "head dim": (_config(head_dim=96), "head_dim: expected 64 or 128, got 96"),
     "head groups": (_config(num_key_value_heads=3), r"num_heads: expected a multiple of num_kv_heads \(3\), got 4"),
-    "window": (_config(sliding_window="none"), "sliding_window: expected an integer, got 'none'"),
-    "window zero": (_config(sliding_window=0), "sliding_window: expected null or at least 1, got 0"),
+    "window": (_config(sliding_window="none"), "sliding_window: expected an integer of at least 1, got 'none'"),
+    "window zero": (_config(sliding_window=0), "sliding_window: expected an integer of at least 1, got 0"),
+    "window negative": (_config(sliding_window=-1), "sliding_window: expected an integer of at least 1, got -1"),
+    "windows by layer": (_config(layer_types=["full_attention", "sliding_attention"]), "layer_types: expected null .*, got .'full_attention', "),
     "top-k": (_config(num_experts_per_tok=5), "experts per token: expected 1 to 4, got 5"),
+    "top-k zero": (_config(num_experts_per_tok=0), "num_experts_per_tok: expected an integer of at least 1, got 0"),
     "experts": (_config(num_local_experts=300), "experts: expected at most 256, got 300"),
-    "rope scaling": (_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "rope scaling: expected none"),
+    "experts zero": (_config(num_local_experts=0), "num_local_experts: expected an integer of at least 1, got 0"),
+    "experts negative": (_config(num_local_experts=-1), "num_local_experts: expected an integer of at least 1, got -1"),
+    "rope scaling": (_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), """rope_type: expected "default" .*, got 'yarn'"""),
+    "rope scaling beside parameters": (_config(rope_scaling={"type": "linear", "factor": 2.0}), """type: expected "default" .*, got 'linear'"""),
+    "rope by layer": (_config(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "rope_parameters: unknown keys: full_attention"),
+    "partial rotation": (_config(partial_rotary_factor=0.5), r"partial_rotary_factor: expected 1 \(nothing else is supported\), got 0.5"),
+    "partial rotation in rope": (_config(rope_parameters={"rope_theta": 1e6, "partial_rotary_factor": 0.5}), "partial_rotary_factor: expected 1 "),
     "rope type": (_config(rope_parameters=3), "rope_parameters: expected an object, got 3"),
-    "theta": (_config(rope_parameters={"rope_theta": -1}), "rope theta and norm eps: expected positive and finite, got -1"),
-    "theta infinite": (_config(rope_parameters={"rope_theta": float("inf")}), "expected positive and finite, got inf"),
-    "activation": (_config(hidden_act="gelu"), "hidden_act: expected silu, got 'gelu'"),
-    "quantised": (_config(quantization_config={"bits": 4}), "quantized weights are not supported"),
+    "theta": (_config(rope_parameters={"rope_theta": -1}), "rope_theta: expected a positive number, got -1"),
+    "theta infinite": (_config(rope_parameters={"rope_theta": float("inf")}), "rope_theta: expected a positive number, got inf"),
+    "norm": (_config(rms_norm_eps=0), "rms_norm_eps: expected a positive number, got 0"),
+    "activation": (_config(hidden_act="gelu"), """hidden_act: expected "silu" .*, got 'gelu'"""),
+    "attention bias": (_config(attention_bias=True), "attention_bias: expected false .*, got True"),
+    "quantised": (_config(quantization_config={"bits": 4}), "quantization_config: expected null .*, got {'bits': 4}"),
+    "tied embeddings": (_config(tie_word_embeddings="false"), "tie_word_embeddings: expected true or false, got 'false'"),
     "eos": (_config(eos_token_id="</s>"), "eos_token_id: expected integers, got '</s>'"),
 }
 
@@ -217,6 +262,8 @@ def test_bad_configuration(tmp_path, peer, case):
     (dict(quantization={"qformat_weight": "fp8"}), "params.json: unknown keys: quantization"),
     (dict(model_type="mamba"), "unknown architecture: expected model_type transformer, got 'mamba'"),
     (dict(moe={"num_experts": 8}), "num_experts_per_tok is missing"),
+    (dict(moe={"num_experts": 0, "num_experts_per_tok": 2}), "params.json: num_experts: expected an integer of at least 1, got 0"),
+    (dict(rope_theta="fast"), "rope_theta: expected a positive number, got 'fast'"),
     (dict(dim=...), "params.json: dim is missing"),
     (dict(moe=7), "moe: expected an object, got 7"),
 ])
@@ -242,7 +289,10 @@ BAD_WEIGHTS = {
     "missing": (lambda d: _tensors(d, lambda t: (t.pop(ROUTER), t.pop(W2))),
                 f"incomplete checkpoint: 2 missing tensors: {ROUTER}, {W2}$"),
     "no head": (lambda d: _tensors(d, lambda t: t.pop("lm_head.weight")), "1 missing tensors: lm_head.weight"),
-    "more layers": (_config(num_hidden_layers=3), "missing tensors: model.layers.2.input_layernorm.weight, .* and 13 more"),
+    "more layers": (_config(num_hidden_layers=3), r"incomplete checkpoint: expected 3 layers, got no model\.layers\.2\.\*$"),
+    "billions of layers": (_config(num_hidden_layers=10**15), r"expected 1000000000000000 layers, got no model\.layers\.2\.\*$"),
+    "a layer in between": (lambda d: _tensors(d, lambda t: [t.pop(name) for name in list(t) if ".layers.0." in name]),
+                           r"expected 2 layers, got no model\.layers\.0\.\*$"),
     "fewer layers": (_config(num_hidden_layers=1), "19 unknown tensors: model.layers.1.block_sparse_moe.experts.0.w1.weight, "),
     "unknown": (lambda d: _tensors(d, lambda t: t.update(surprise=torch.ones(2))), "1 unknown tensors: surprise"),
     "shape": (lambda d: _tensors(d, lambda t: t.update({W2: t[W2].T.contiguous()})),
@@ -268,3 +318,11 @@ def test_bad_weights(tmp_path, peer, case):
 def test_no_directory(tmp_path):
     with pytest.raises(ModelError, match="nowhere: no such directory"):
         Model.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "bfloat16", torch.Tensor])
+def test_other_dtypes_are_refused_before_anything_is_read(tmp_path, peer, dtype):
+    write(tmp_path, peer)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=f"dtype: expected torch.float32, torch.bfloat16, torch.float16 or None, got {dtype!r}"):
+        Model.load(tmp_path, dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class ModelError(Exception):
+class ModelError(ValueError):
     """A checkpoint, configuration or request that cannot be served; the message is meant for the user."""
 
 
@@ -32,23 +32,14 @@ class ModelConfig:
     bos_id: int | None = None
 
     def __post_init__(self):
-        sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_positions"
-        for name in sizes.split():
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ModelError(f"config: {name}: expected a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"config: num_heads: expected a multiple of num_kv_heads ({self.num_kv_heads}), got {self.num_heads}")
         if self.head_dim not in (64, 128):
             raise ModelError(f"config: head_dim: expected 64 or 128, got {self.head_dim}")
-        if self.window is not None and self.window < 1:
-            raise ModelError(f"config: sliding_window: expected null or at least 1, got {self.window}")
-        if self.num_experts and not 1 <= self.top_k <= min(8, self.num_experts):
-            raise ModelError(f"config: experts per token: expected 1 to {min(8, self.num_experts)}, got {self.top_k}")
         if self.num_experts > 256:
             raise ModelError(f"config: experts: expected at most 256, got {self.num_experts}")
-        if not 0 < self.rope_theta < math.inf or not 0 < self.norm_eps < math.inf:
-            raise ModelError(f"config: rope theta and norm eps: expected positive and finite, got {self.rope_theta} and {self.norm_eps}")
+        if self.num_experts and self.top_k > min(8, self.num_experts):
+            raise ModelError(f"config: experts per token: expected 1 to {min(8, self.num_experts)}, got {self.top_k}")
 
     def parameters(self, active: bool = False) -> int:
         """Number of weights; active: only those a token passes through (top_k of the experts, all of the rest)."""
@@ -89,38 +80,56 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _object(content: dict, key: str, path: Path) -> dict:
-    value = content.get(key) or {}
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: {key}: expected an object, got {value!r}")
-    return value
+_NEEDED = object()
 
 
 class _Reader:
-    """Typed access to a JSON object, with errors that name file and key."""
+    """Typed access to a JSON object, with errors that name file and key. A default stands for a key that is missing or null."""
 
     def __init__(self, content: dict, path: Path):
         self.content, self.path = content, path
 
-    def integer(self, key: str, **default) -> int | None:
-        return self._number(key, int, default)
+    def integer(self, key: str, default=_NEEDED, least: int = 1) -> int | None:
+        number = self._number(key, default, f"an integer of at least {least}", lambda x: x.is_integer() and x >= least)
+        return None if number is None else int(number)
 
-    def real(self, key: str, **default) -> float:
-        return self._number(key, float, default)
+    def positive(self, key: str, default=_NEEDED) -> float:
+        return self._number(key, default, "a positive number", lambda x: 0 < x < math.inf)
 
-    def _number(self, key, kind, default):
+    def _number(self, key, default, expected, accepts) -> float | None:
         value = self.content.get(key)
         if value is None:
-            if "default" in default:
-                return default["default"]
-            raise ModelError(f"{self.path}: {key} is missing")
+            if default is _NEEDED:
+                raise ModelError(f"{self.path}: {key} is missing")
+            return default
         try:
-            number = kind(value)  # a size may be a string such as "4096"
-            if isinstance(value, bool) or number != float(value):
-                raise ValueError
-            return number
+            number = float(value)  # it may be a string such as "4096"
         except (TypeError, ValueError, OverflowError):
-            raise ModelError(f"{self.path}: {key}: expected {'an integer' if kind is int else 'a number'}, got {value!r}") from None
+            number = math.nan
+        if isinstance(value, bool) or not accepts(number):
+            raise self._error(key, expected, value)
+        return number
+
+    def flag(self, key: str) -> bool:
+        value = self.content.get(key)
+        if value not in (None, False, True):
+            raise self._error(key, "true or false", value)
+        return bool(value)
+
+    def object(self, key: str) -> dict:
+        value = self.content.get(key) or {}
+        if not isinstance(value, dict):
+            raise self._error(key, "an object", value)
+        return value
+
+    def supports(self, **only) -> None:
+        """Refuses every other value of these keys than the one given, null or none at all."""
+        for key, value in only.items():
+            if self.content.get(key) not in (None, value):
+                raise self._error(key, f"{json.dumps(value)} (nothing else is supported)", self.content[key])
+
+    def _error(self, key, expected, got) -> ModelError:
+        return ModelError(f"{self.path}: {key}: expected {expected}, got {got!r}")
 
 
 def _from_transformers(content: dict, path: Path, generation: dict) -> ModelConfig:
@@ -129,33 +138,33 @@ def _from_transformers(content: dict, path: Path, generation: dict) -> ModelConf
         raise ModelError(f"{path}: unknown architecture: expected model_type mistral or mixtral, got {model_type!r} "
                          f"(architectures {content.get('architectures')})")
     mixtral = model_type == "mixtral"
-    rope = _object(content, "rope_parameters", path) or _object(content, "rope_scaling", path)
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ModelError(f"{path}: rope scaling: expected none, got {rope}")
-    if content.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{path}: hidden_act: expected silu, got {content['hidden_act']!r}")
-    if content.get("quantization_config"):
-        raise ModelError(f"{path}: quantization_config: quantized weights are not supported")
     get = _Reader(content, path)
-    hidden, heads = get.integer("hidden_size"), get.integer("num_attention_heads")
-    theta = _Reader({**content, **rope}, path).real("rope_theta", default=1e6 if mixtral else 1e4)
-    # transformers' defaults where a key is absent; an explicit null means no window
-    window = get.integer("sliding_window", default=None) if "sliding_window" in content or mixtral else 4096
+    get.supports(hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1, layer_types=None,
+                 quantization_config=None)
+    rope = get.object("rope_parameters") | get.object("rope_scaling")
+    get_rope = _Reader(rope, path)
+    get_rope.supports(rope_type="default", type="default", partial_rotary_factor=1)
+    if unknown := sorted(rope.keys() - {"rope_type", "type", "partial_rotary_factor", "rope_theta"}):
+        raise ModelError(f"{path}: rope_parameters: unknown keys: {', '.join(unknown)}")
+    # Defaults are those of transformers where a key is absent; there an explicit null means something else for two of them.
+    heads, hidden = get.integer("num_attention_heads"), get.integer("hidden_size")
+    kv_heads = get.integer("num_key_value_heads", default=heads if "num_key_value_heads" in content else 8)
+    window = get.integer("sliding_window", default=None if "sliding_window" in content or mixtral else 4096)
     eos = generation.get("eos_token_id", content.get("eos_token_id"))
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(token) is int for token in eos):
         raise ModelError(f"{path}: eos_token_id: expected integers, got {', '.join(map(repr, eos))}")
     return ModelConfig(
         vocab_size=get.integer("vocab_size"), hidden_size=hidden, intermediate_size=get.integer("intermediate_size"),
-        num_layers=get.integer("num_hidden_layers"), num_heads=heads,
-        num_kv_heads=get.integer("num_key_value_heads", default=heads),
-        head_dim=get.integer("head_dim", default=hidden // heads if heads else 0),
-        norm_eps=get.real("rms_norm_eps", default=1e-5 if mixtral else 1e-6), rope_theta=theta, consolidated=False,
-        window=window, max_positions=get.integer("max_position_embeddings", default=131072),
+        num_layers=get.integer("num_hidden_layers"), num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=get.integer("head_dim", default=hidden // heads),
+        norm_eps=get.positive("rms_norm_eps", default=1e-5 if mixtral else 1e-6),
+        rope_theta=get_rope.positive("rope_theta", default=get.positive("rope_theta", default=1e6 if mixtral else 1e4)),
+        consolidated=False, window=window, max_positions=get.integer("max_position_embeddings", default=131072),
         num_experts=get.integer("num_local_experts") if mixtral else 0,
         top_k=get.integer("num_experts_per_tok") if mixtral else 0,
-        tie_embeddings=bool(content.get("tie_word_embeddings", False)),
-        eos_ids=tuple(eos), bos_id=get.integer("bos_token_id", default=None))
+        tie_embeddings=get.flag("tie_word_embeddings"),
+        eos_ids=tuple(eos), bos_id=get.integer("bos_token_id", default=None, least=0))
 
 
 _PARAMS = {"dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size", "rope_theta",
@@ -168,15 +177,16 @@ def _from_params(content: dict, path: Path) -> ModelConfig:
     unknown = sorted(key for key in content.keys() - _PARAMS if content[key])  # an unknown key may change the model
     if unknown:
         raise ModelError(f"{path}: unknown keys: {', '.join(unknown)}")
-    get, moe = _Reader(content, path), _Reader(_object(content, "moe", path), path)
-    window, dim, heads = get.integer("sliding_window", default=None), get.integer("dim"), get.integer("n_heads")
+    get = _Reader(content, path)
+    moe = _Reader(get.object("moe"), path)
+    dim, heads, window = get.integer("dim"), get.integer("n_heads"), get.integer("sliding_window", default=None)
     return ModelConfig(
         vocab_size=get.integer("vocab_size"), hidden_size=dim, intermediate_size=get.integer("hidden_dim"),
         num_layers=get.integer("n_layers"), num_heads=heads, num_kv_heads=get.integer("n_kv_heads"),
-        head_dim=get.integer("head_dim", default=dim // heads if heads else 0), norm_eps=get.real("norm_eps"),
+        head_dim=get.integer("head_dim", default=dim // heads), norm_eps=get.positive("norm_eps"),
         # Mistral 7B v0.1 has a window and no theta, later models the reverse
-        rope_theta=get.real("rope_theta", default=1e6 if window is None else 1e4), consolidated=True, window=window,
+        rope_theta=get.positive("rope_theta", default=1e6 if window is None else 1e4), consolidated=True, window=window,
         max_positions=get.integer("max_position_embeddings", default=get.integer("max_seq_len", default=32768)),
         num_experts=moe.integer("num_experts") if moe.content else 0,
         top_k=moe.integer("num_experts_per_tok") if moe.content else 0,
-        tie_embeddings=bool(content.get("tied_embeddings", False)))
+        tie_embeddings=get.flag("tied_embeddings"))

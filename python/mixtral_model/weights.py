@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import ModelConfig, ModelError, read_json
@@ -54,6 +53,8 @@ class Checkpoint:
     """The tensors of a directory, by name, mapped into memory."""
 
     def __init__(self, directory: Path, stem: str):
+        from safetensors import SafetensorError, safe_open  # an extra, which only loading needs
+        self.directory = directory
         index = directory / f"{stem}.safetensors.index.json"
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
@@ -105,8 +106,9 @@ _CONSOLIDATED = dict(
     gate="feed_forward.w1.weight", up="feed_forward.w3.weight", down="feed_forward.w2.weight")
 
 
-def _plan(config: ModelConfig, present) -> tuple[dict[str, Target], list[dict[str, Target]]]:
-    """What fills each tensor of Weights and of each Layer, in the layout that the names present show."""
+def _plan(config: ModelConfig, checkpoint: Checkpoint) -> tuple[dict[str, Target], list[dict[str, Target]]]:
+    """What fills each tensor of Weights and of each Layer, in the layout that the checkpoint's names show."""
+    present = checkpoint.files.keys()
     names = _CONSOLIDATED if config.consolidated else _TRANSFORMERS
     h, d, v = config.hidden_size, config.head_dim, config.vocab_size
 
@@ -119,6 +121,8 @@ def _plan(config: ModelConfig, present) -> tuple[dict[str, Target], list[dict[st
     layers = []
     for i in range(config.num_layers):
         prefix = names["layer"].format(i)
+        if not any(name.startswith(prefix) for name in present):
+            raise ModelError(f"{checkpoint.directory}: incomplete checkpoint: expected {config.num_layers} layers, got no {prefix}*")
         q, kv = config.num_heads * d, config.num_kv_heads * d
         shapes = {"attn_norm": (h,), "wq": (q, h), "wk": (kv, h), "wv": (kv, h), "wo": (h, q), "mlp_norm": (h,)}
         layer = {key: whole(prefix + names[key], *shape) for key, shape in shapes.items()}
@@ -154,11 +158,11 @@ def _experts(config, prefix, present):
     return {"router": Target((e, h), [router]), "gate_up": Target((e, 2 * i, h), gate_up), "down": Target((e, h, i), down)}
 
 
-def _check(directory: Path, config: ModelConfig, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
+def _check(config: ModelConfig, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
     def some(names):
         return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
-    present, expected = checkpoint.files.keys(), {piece.name for piece in pieces}
+    directory, present, expected = checkpoint.directory, checkpoint.files.keys(), {piece.name for piece in pieces}
     missing = [piece.name for piece in pieces if piece.name not in present]
     if missing:
         raise ModelError(f"{directory}: incomplete checkpoint: {len(missing)} missing tensors: {some(missing)}")
@@ -175,14 +179,15 @@ def _check(directory: Path, config: ModelConfig, checkpoint: Checkpoint, pieces:
 
 def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype | None = None,
                  progress: Callable[[int, int], None] | None = None) -> Weights:
-    """Weights in `dtype` (default: that of the embedding in the file). progress(done, total) counts tensors.
+    """Weights in `dtype` (f32, bf16 or f16; default: that of the embedding in the file). progress(done, total) counts tensors.
 
     Every name, shape and dtype is checked before the first weight is read; ModelError says what is wrong."""
-    directory = Path(directory)
-    checkpoint = Checkpoint(directory, "consolidated" if config.consolidated else "model")
-    top, layers = _plan(config, checkpoint.files.keys())
+    if dtype not in (None, *_DTYPES.values()):
+        raise ModelError(f"dtype: expected {', '.join(map(str, _DTYPES.values()))} or None, got {dtype!r}")
+    checkpoint = Checkpoint(Path(directory), "consolidated" if config.consolidated else "model")
+    top, layers = _plan(config, checkpoint)
     pieces = [piece for group in (top, *layers) for target in group.values() for piece in target.pieces]
-    _check(directory, config, checkpoint, pieces)
+    _check(config, checkpoint, pieces)
     dtype = dtype or _DTYPES[checkpoint.dtype(top["embed"].pieces[0].name)]
     done = 0
 
