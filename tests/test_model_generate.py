@@ -1,4 +1,7 @@
 """Batches, sampling, stopping, the cache, and requests that are refused."""
+import re
+
+import numpy as np
 import pytest
 import torch
 from transformers.generation import TopPLogitsWarper
@@ -108,20 +111,84 @@ def test_no_prompts_and_no_tokens(model):
 
 
 @pytest.mark.parametrize("request_, message", [
-    (dict(prompts=[[5], []]), "prompt 1: expected at least one token"),
-    (dict(prompts=[[5, VOCAB]]), f"prompt 0: expected token ids from 0 to {VOCAB - 1}, got 5 to {VOCAB}"),
-    (dict(prompts=[[-1, 5]]), "got -1 to 5"),
-    (dict(temperature=-1.0), "temperature: expected 0 or more, got -1.0"),
-    (dict(temperature=float("nan")), "temperature"),
-    (dict(top_p=0.0), "top_p: expected more than 0 and at most 1, got 0.0"),
-    (dict(top_p=1.5), "top_p"),
-    (dict(chunk_size=0), "chunk_size: expected at least 1, got 0"),
-    (dict(seed=2**64), "seed: expected 0 to"),
-    (dict(max_tokens=-1), "max_tokens: expected 0 or more, got -1"),
+    (dict(prompts=[[5], []]), f"prompt 1: expected a list of one or more integers from 0 to {VOCAB - 1}, got []"),
+    (dict(prompts=[[5, VOCAB]]), f"prompt 0: expected a list of one or more integers from 0 to {VOCAB - 1}, got {VOCAB} in it"),
+    (dict(prompts=[[-1, 5]]), "got -1 in it"),
+    (dict(prompts=[[5, 2.0]]), "prompt 0: expected a list of one or more integers from 0 to 99, got 2.0 in it"),
+    (dict(prompts=[[5, None]]), "got None in it"),
+    (dict(prompts=[5, 6]), "prompt 0: expected a list of one or more integers from 0 to 99, got 5"),
+    (dict(prompts=["text"]), "prompt 0: expected a list of one or more integers from 0 to 99, got 'text'"),
+    (dict(prompts="text"), "prompts: expected a list of prompts, each a list of token ids, got 'text'"),
+    (dict(prompts=None), "prompts: expected a list of prompts, each a list of token ids, got None"),
+    (dict(prompts=torch.tensor([[5]])), "prompts: expected a list of prompts, each a list of token ids, got tensor([[5]])"),
+    (dict(temperature=-1.0), "temperature: expected a finite number of at least 0, got -1.0"),
+    (dict(temperature=float("nan")), "temperature: expected a finite number of at least 0, got nan"),
+    (dict(temperature="hot"), "temperature: expected a finite number of at least 0, got 'hot'"),
+    (dict(top_p=0.0), "top_p: expected a number above 0 and at most 1, got 0.0"),
+    (dict(top_p=1.5), "top_p: expected a number above 0 and at most 1, got 1.5"),
+    (dict(top_p=None), "top_p: expected a number above 0 and at most 1, got None"),
+    (dict(chunk_size=0), "chunk_size: expected an integer of at least 1, got 0"),
+    (dict(chunk_size=2.0), "chunk_size: expected an integer of at least 1, got 2.0"),
+    (dict(seed=2**64), f"seed: expected an integer from 0 to 2**63 - 1, got {2**64}"),
+    (dict(seed=0.5), "seed: expected an integer from 0 to 2**63 - 1, got 0.5"),
+    (dict(max_tokens=-1), "max_tokens: expected an integer of at least 0, got -1"),
+    (dict(max_tokens="9"), "max_tokens: expected an integer of at least 0, got '9'"),
+    (dict(eos_ids="</s>"), "eos_ids: expected token ids or None, got ['<', '/', 's', '>']"),
+    (dict(eos_ids=[2, None]), "eos_ids: expected token ids or None, got [2, None]"),
+    (dict(expert_load=True), "expert_load: expected torch.int64 [2, 4], got True"),
+    (dict(expert_load=torch.zeros(2, 3, dtype=torch.int64)), "expert_load: expected torch.int64 [2, 4], got torch.int64 [2, 3]"),
+    (dict(expert_load=torch.zeros(2, 4)), "expert_load: expected torch.int64 [2, 4], got torch.float32 [2, 4]"),
 ])
 def test_refused_requests(model, request_, message):
-    with pytest.raises(ModelError, match=message):
+    assert issubclass(ModelError, ValueError)
+    with pytest.raises(ModelError, match=re.escape(message)):
         generate(model, **dict(prompts=[[5]], max_tokens=3) | request_)
+
+
+def test_integers_of_numpy_and_a_single_end_token(model):
+    prompt, = _prompts(9)
+    free, = generate(model, [prompt], 6, eos_ids=[])
+    eos = free.token_ids[2]
+    result, = generate(model, [list(np.array(prompt))], np.int64(6), eos_ids=eos, chunk_size=np.int32(4))
+    assert result.token_ids == free.token_ids[:free.token_ids.index(eos) + 1]
+
+
+def test_the_largest_seed(model):
+    """Prompt i takes seed + i, beyond 2**63 too."""
+    prompt, = _prompts(9)
+    tokens = [r.token_ids for r in generate(model, [prompt] * 3, 20, temperature=1.0, seed=2**63 - 1)]
+    assert tokens[0] != tokens[1] != tokens[2]
+    assert generate(model, [prompt], 20, temperature=1.0, seed=np.int64(2**63 - 1))[0].token_ids == tokens[0]
+
+
+@pytest.mark.parametrize("chunks, slots, message", [
+    ([[5], []], [0, 1], "chunk 1: expected a list of one or more integers from 0 to 99, got []"),
+    ([[5], [6, 100]], [0, 1], "chunk 1: expected a list of one or more integers from 0 to 99, got 100 in it"),
+    ([[5], [6, -1]], [0, 1], "got -1 in it"),
+    (["text", [5]], [0, 1], "chunk 0: expected a list of one or more integers from 0 to 99, got 'text'"),
+    ([[5], [6]], [0, 2], "slots: expected a list of one or more integers from 0 to 1, got 2 in it"),
+    ([[5], [6]], [0, -1], "slots: expected a list of one or more integers from 0 to 1, got -1 in it"),
+    ([[5], [6]], [1, 1], "slots: expected a different one for each of 2 chunks, got [1, 1]"),
+    ([[5], [6]], [0], "slots: expected a different one for each of 2 chunks, got [0]"),
+    ([[5]], 0, "slots: expected a list of one or more integers from 0 to 1, got 0"),
+    ([], [], "slots: expected a list of one or more integers from 0 to 1, got []"),
+])
+def test_refused_chunks_leave_the_cache_alone(model, chunks, slots, message):
+    cache = model.new_cache(2, 30)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(7)
+    with pytest.raises(ModelError, match=re.escape(message)):
+        model.forward(chunks, cache, slots)
+    assert cache.lengths == [0, 0]
+    assert all((tensor == 7).all() for tensor in (*cache.keys, *cache.values))
+
+
+@pytest.mark.parametrize("sizes, message", [((0, 5), "cache: sequences: expected an integer of at least 1, got 0"),
+                                            ((1, -1), "cache: max_length: expected an integer of at least 1, got -1"),
+                                            ((1, 2.5), "cache: max_length: expected an integer of at least 1, got 2.5")])
+def test_refused_caches(model, sizes, message):
+    with pytest.raises(ModelError, match=message):
+        model.new_cache(*sizes)
 
 
 def test_too_long_for_the_positions_or_the_cache(model, windowless):

@@ -3,12 +3,13 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from .config import ModelConfig, ModelError
-from .model import Cache, Model
+from .model import Cache, Model, check_ids
 
 
 @dataclass
@@ -33,10 +34,13 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
     check_request(model.config, prompts, max_tokens, temperature, top_p, seed, chunk_size)
     if not prompts:
         return []
-    eos_ids = set(model.config.eos_ids if eos_ids is None else eos_ids)
+    eos_ids = model.config.eos_ids if eos_ids is None else eos_ids
+    eos_ids = list(eos_ids) if isinstance(eos_ids, Iterable) else [eos_ids]
+    if not all(isinstance(token, Integral) for token in eos_ids):
+        raise ModelError(f"eos_ids: expected token ids or None, got {eos_ids!r}")
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_tokens)
     results = [Completion() for _ in prompts]
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(int(seed) + i) for i in range(len(prompts))]
 
     last = _prefill(model, cache, prompts, chunk_size, results if prompt_logprobs else None, on_prefill, expert_load)
     active = list(range(len(prompts))) if max_tokens else []
@@ -65,22 +69,19 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
 def check_request(config: ModelConfig, prompts: list[list[int]], max_tokens: int, temperature: float, top_p: float, seed: int,
                   chunk_size: int) -> None:
     """ModelError for arguments that generate() would refuse; needs no weights."""
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ModelError(f"temperature: expected 0 or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ModelError(f"top_p: expected more than 0 and at most 1, got {top_p}")
-    if not 0 <= seed < 2**63:
-        raise ModelError(f"seed: expected 0 to 2**63 - 1, got {seed}")
-    if max_tokens < 0:
-        raise ModelError(f"max_tokens: expected 0 or more, got {max_tokens}")
-    if chunk_size < 1:
-        raise ModelError(f"chunk_size: expected at least 1, got {chunk_size}")
-    vocabulary, limit = config.vocab_size, config.max_positions
+    for name, value, kind, expected, accepts in (
+            ("temperature", temperature, Real, "a finite number of at least 0", lambda x: 0 <= x < math.inf),
+            ("top_p", top_p, Real, "a number above 0 and at most 1", lambda x: 0 < x <= 1),
+            ("seed", seed, Integral, "an integer from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63),
+            ("max_tokens", max_tokens, Integral, "an integer of at least 0", lambda x: x >= 0),
+            ("chunk_size", chunk_size, Integral, "an integer of at least 1", lambda x: x >= 1)):
+        if not isinstance(value, kind) or not accepts(value):
+            raise ModelError(f"{name}: expected {expected}, got {value!r}")
+    if not isinstance(prompts, (list, tuple)):
+        raise ModelError(f"prompts: expected a list of prompts, each a list of token ids, got {prompts!r:.80}")
+    limit = config.max_positions
     for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ModelError(f"prompt {i}: expected at least one token, got none")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ModelError(f"prompt {i}: expected token ids from 0 to {vocabulary - 1}, got {min(prompt)} to {max(prompt)}")
+        check_ids(f"prompt {i}", prompt, config.vocab_size)
         if config.window is None and len(prompt) + max_tokens > limit:
             raise ModelError(f"prompt {i}: expected at most {limit} positions (the model has no window), "
                              f"got {len(prompt)} tokens and {max_tokens} to come")

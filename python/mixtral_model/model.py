@@ -3,6 +3,7 @@
 Shapes: T tokens of all sequences packed, H hidden, Hq/Hk heads, D head dim, C cache slots, E experts, V vocabulary.
 """
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -15,11 +16,24 @@ from .config import ModelConfig, ModelError, read_config
 from .weights import Layer, Weights, load_weights
 
 
+def check_ids(name: str, ids: list[int], count: int) -> None:
+    """ModelError unless ids is a list of one or more integers below count."""
+    expected = f"{name}: expected a list of one or more integers from 0 to {count - 1}"
+    if not isinstance(ids, (list, tuple)) or not ids:
+        raise ModelError(f"{expected}, got {ids!r:.80}")
+    for i in ids:
+        if not isinstance(i, Integral) or not 0 <= i < count:
+            raise ModelError(f"{expected}, got {i!r:.80} in it")
+
+
 class Cache:
     """Keys (rotated) and values of each layer and sequence, position p in slot p % C: C is the window, or max_length
     where the window does not bite within it."""
 
     def __init__(self, config: ModelConfig, sequences: int, max_length: int, dtype: torch.dtype):
+        for name, value in (("sequences", sequences), ("max_length", max_length)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ModelError(f"cache: {name}: expected an integer of at least 1, got {value!r}")
         self.window = config.window if config.window is not None and config.window < max_length else None
         self.capacity = self.window or max_length
         shape = (config.num_layers, sequences, self.capacity, config.num_kv_heads, config.head_dim)
@@ -46,9 +60,20 @@ class Model:
     def forward(self, chunks: list[list[int]], cache: Cache, slots: list[int], expert_load: Tensor | None = None) -> Tensor:
         """The next tokens of some sequences -> hidden states [T, H], chunk after chunk.
 
-        chunks[b] (any length) continues the sequence in cache slot slots[b]. expert_load i64 [layers, E] is increased by
-        the number of tokens each expert gets."""
+        chunks[b] (one or more tokens) continues the sequence in cache slot slots[b], another one for each. expert_load
+        i64 [layers, E] is increased by the number of tokens each expert gets. ModelError for anything else, before the
+        cache changes."""
         c, w = self.config, self.weights
+        check_ids("slots", slots, len(cache.lengths))
+        if len(set(slots)) != len(slots) or len(slots) != len(chunks):
+            raise ModelError(f"slots: expected a different one for each of {len(chunks)} chunks, got {slots}")
+        for b, chunk in enumerate(chunks):
+            check_ids(f"chunk {b}", chunk, c.vocab_size)
+        if expert_load is not None:
+            expected = f"torch.int64 [{c.num_layers}, {c.num_experts}]"
+            got = f"{expert_load.dtype} {list(expert_load.shape)}" if isinstance(expert_load, Tensor) else repr(expert_load)
+            if got != expected:
+                raise ModelError(f"expert_load: expected {expected}, got {got}")
         counts = [len(chunk) for chunk in chunks]
         lengths = [cache.lengths[slot] for slot in slots]
         if cache.window is None and any(n + length > cache.capacity for n, length in zip(counts, lengths)):
