@@ -1,11 +1,12 @@
 """python -m mixtral_model: output, exit codes, and errors without a traceback."""
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from mixtral_model import Model, Tokenizer, demo, generate
+from mixtral_model import Completion, Model, Tokenizer, demo, generate
 from mixtral_model.__main__ import main
 from model_checkpoints import edit_json, mixtral_tokenizer, one_thread, tiny, write  # noqa: F401
 
@@ -17,9 +18,13 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-def _command(*arguments):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "mixtral_model", *map(str, arguments)], capture_output=True, text=True, env=environment)
+def _environment(**variables):
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | variables
+
+
+def _command(*arguments, **variables):
+    return subprocess.run([sys.executable, "-m", "mixtral_model", *map(str, arguments)], capture_output=True, text=True,
+                          env=_environment(**variables))
 
 
 def _expected(checkpoint, prompt, count, **settings):
@@ -77,13 +82,61 @@ def test_stops_at_the_end_of_sequence(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--prompt-file", "/nonexistent/prompt.txt"], "No such file or directory: '/nonexistent/prompt.txt'"),
     ([], "no prompt: give --prompt or --prompt-file"),
-    (["--prompt", "x\udcff"], "--prompt: expected UTF-8 text"),
-    (["--prompt", "x", "--temperature", "-1"], "temperature: expected 0 or more"),
-    (["--prompt", "x", "--chunk-size", "0"], "chunk_size: expected at least 1"),
+    (["--prompt", "x\udcff"], r"text: expected a str that UTF-8 can encode, got 'x\\udcff'"),
+    (["--prompt", "x", "--temperature", "-1"], "temperature: expected a finite number of at least 0, got -1.0"),
+    (["--prompt", "x", "--chunk-size", "0"], "chunk_size: expected an integer of at least 1, got 0"),
+    (["--prompt", "x", "--seed", str(2**63)], r"seed: expected an integer from 0 to 2\*\*63 - 1, got 9223372036854775808"),
 ])
 def test_errors_have_a_message_and_no_traceback(checkpoint, arguments, message):
     with pytest.raises(SystemExit, match=message):
         main(["generate", "--checkpoint", str(checkpoint), *arguments])
+
+
+@pytest.mark.parametrize("module", ["safetensors", "tqdm", "mistral_common.tokens.tokenizers.mistral", "tokenizers"])
+def test_a_missing_extra_is_named(checkpoint, tmp_path, monkeypatch, module):
+    if module == "tokenizers":
+        shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "tokenizer.model.v1").rename(tmp_path / "tokenizer.json")
+        checkpoint = tmp_path
+    monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    with pytest.raises(SystemExit, match=rf"^error: .*{module.partition('.')[0]}.*: pip install 'mixtral_ext\[model\]'$"):
+        main(["generate", "--checkpoint", str(checkpoint), "--prompt", "x", "--max-tokens", "1"])
+
+
+def test_without_any_extra(checkpoint, tmp_path):
+    """inspect works, and the demo says what it needs."""
+    code = ("import sys; sys.modules.update(dict.fromkeys(['safetensors', 'tqdm', 'mistral_common', 'tokenizers', 'transformers']));"
+            "from mixtral_model.__main__ import main; main(sys.argv[1:3]); main(['demo', '--output', sys.argv[3]])")
+    result = subprocess.run([sys.executable, "-c", code, "inspect", checkpoint, tmp_path], capture_output=True, text=True, env=_environment())
+    assert "vocab_size           32000" in result.stdout
+    assert result.stderr == "error: safetensors is not installed: pip install 'mixtral_ext[model]'\n" and result.returncode == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_cannot_show_every_character(checkpoint):
+    """The prompt is part of a batch's output."""
+    result = _command("generate", "--checkpoint", checkpoint, "--prompt", "naïve 你好", "--prompt", "plain", "--max-tokens", 1,
+                      PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "[0] na?ve ??" in result.stdout
+
+
+def test_the_stream_ends_with_what_was_held_back(checkpoint, capsys, monkeypatch):
+    """An unfinished character at the last token is shown as U+FFFD."""
+    tokenizer = Tokenizer(checkpoint)
+    unfinished = tokenizer.encode("🦜")[1:-1]  # byte tokens without the last
+
+    def generate(model, prompts, *_, on_token, **__):
+        for token in unfinished:
+            on_token(0, token)
+        return [Completion(unfinished)]
+
+    monkeypatch.setattr("mixtral_model.__main__.generate", generate)
+    main(["generate", "--checkpoint", str(checkpoint), "--prompt", "One", "--max-tokens", "9"])
+    prompt = tokenizer.encode("One")
+    expected = tokenizer.decode(prompt + unfinished).removeprefix(tokenizer.decode(prompt))
+    assert expected.endswith("\ufffd")
+    assert capsys.readouterr().out == expected + "\n"
 
 
 def test_a_prompt_beyond_the_positions(tmp_path):

@@ -1,4 +1,5 @@
 """Token ids equal mistral-common's for every tokenizer it carries; tokenizer.json; streaming text."""
+import re
 import shutil
 from pathlib import Path
 
@@ -84,6 +85,31 @@ def test_streamed_pieces_add_up(directory, name):
             if "\ufffd" not in tokenizer.decode(ids[:cut]):
                 stream = TextStream(tokenizer, ids[:cut])
                 assert tokenizer.decode(ids[:cut]) + "".join(map(stream.push, ids[cut:])) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_stream_that_ends_within_a_character(directory, name):
+    """push() holds the bytes back, flush() gives them up: the pieces add up to the text wherever the stream ends."""
+    tokenizer = Tokenizer(directory(name))
+    ids = tokenizer.encode("no 🦜, 你好 ⟿")[1:]
+    unfinished = 0
+    for end in range(len(ids) + 1):
+        stream = TextStream(tokenizer)
+        text = "".join(map(stream.push, ids[:end]))
+        assert "\ufffd" not in text
+        held = stream.flush()
+        assert text + held == tokenizer.decode(ids[:end])
+        assert stream.flush() == ""
+        unfinished += bool(held)
+    assert unfinished
+
+
+@pytest.mark.parametrize("text", [5, None, b"bytes", ["a", "list"], "x\udcff"])
+def test_what_is_not_text_is_refused(directory, text):
+    tokenizer = Tokenizer(directory("tokenizer.model.v1"))
+    for encode in (tokenizer.encode, tokenizer.encode_chat):
+        with pytest.raises(ModelError, match=re.escape(f"text: expected a str that UTF-8 can encode, got {text!r}")):
+            encode(text)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -3,9 +3,14 @@ import argparse
 import dataclasses
 import sys
 
-from .config import ModelError, read_config
+import torch
 
-DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+from .config import ModelError, read_config
+from .generate import Speed, check_request, generate
+from .model import Model
+from .tokenizer import TextStream, Tokenizer
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,21 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         arguments.run(arguments)
     except (ModelError, OSError) as error:
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name.partition('.')[0]} is not installed: pip install 'mixtral_ext[model]'")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def loading_bar(directory):
-    """A progress callback for Model.load that draws a bar."""
-    from tqdm import tqdm
-    bar = tqdm(desc=f"loading {directory}", unit=" tensors", leave=False)
-
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-    return progress
 
 
 def _read_prompt(path):
@@ -65,27 +59,23 @@ def _read_prompt(path):
 
 
 def _generate(arguments) -> None:
+    from tqdm import tqdm
     config = read_config(arguments.checkpoint)
-    for text in arguments.prompt:
-        if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-ins for bytes that are not UTF-8
-            raise ModelError(f"--prompt: expected UTF-8 text, got {text!r}")
     texts = arguments.prompt + [_read_prompt(path) for path in arguments.prompt_file]
     if not texts:
         raise ModelError("no prompt: give --prompt or --prompt-file")
-    import torch
-    from tqdm import tqdm
-
-    from .generate import Speed, check_request, generate
-    from .model import Model
-    from .tokenizer import TextStream, Tokenizer
     tokenizer = Tokenizer(arguments.checkpoint, config.bos_id)
     prompts = [(tokenizer.encode_chat if arguments.chat else tokenizer.encode)(text) for text in texts]
-    check_request(config, prompts, arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.seed,
-                  arguments.chunk_size)  # before the weights are read, which takes minutes
-    dtype = getattr(torch, DTYPES[arguments.dtype]) if arguments.dtype else None
-    model = Model.load(arguments.checkpoint, dtype, loading_bar(arguments.checkpoint))
+    settings = dict(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed, chunk_size=arguments.chunk_size)
+    check_request(config, prompts, arguments.max_tokens, **settings)  # before the weights are read, which takes minutes
 
-    streams = [TextStream(tokenizer, prompt) for prompt in prompts]
+    with tqdm(desc=f"loading {arguments.checkpoint}", unit=" tensors", leave=False) as bar:
+        def on_tensor(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+        model = Model.load(arguments.checkpoint, DTYPES.get(arguments.dtype), on_tensor)
+
+    stream = TextStream(tokenizer, prompts[0])
     bar = tqdm(desc="prefill", total=sum(map(len, prompts)), unit=" tokens", leave=False)
     speed = Speed(prompts)
 
@@ -93,15 +83,14 @@ def _generate(arguments) -> None:
         bar.close()
         speed.token()
         if len(prompts) == 1:
-            print(streams[0].push(token), end="", flush=True)
+            print(stream.push(token), end="", flush=True)
 
-    eos_ids = config.eos_ids or [tokenizer.eos_id]
-    results = generate(model, prompts, arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p,
-                       seed=arguments.seed, chunk_size=arguments.chunk_size, eos_ids=eos_ids,
-                       logprobs=arguments.logprobs, prompt_logprobs=arguments.logprobs, on_token=on_token, on_prefill=bar.update)
+    eos_ids = config.eos_ids or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    results = generate(model, prompts, arguments.max_tokens, **settings, eos_ids=eos_ids, logprobs=arguments.logprobs,
+                       prompt_logprobs=arguments.logprobs, on_token=on_token, on_prefill=bar.update)
     bar.close()
     if len(prompts) == 1:
-        print()
+        print(stream.flush())
     for i, (prompt, result) in enumerate(zip(prompts, results)):
         if len(prompts) > 1:
             print(f"[{i}] {tokenizer.decode(prompt + result.token_ids)}")
@@ -142,4 +131,5 @@ def _demo(arguments) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     main()

@@ -38,7 +38,7 @@ def demo(output: str | Path) -> None:
     stream = TextStream(tokenizer, prompt)
     load = torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64)
     tokens, speed = _run(directory, torch.float32, prompt, lambda token: print(stream.push(token), end="", flush=True), load)
-    print("\n")
+    print(stream.flush() + "\n")
     _show_load(load, output)
 
     rows = [("prompt read through the window", f"{len(prompt)} tokens, {windows}", ""),

@@ -27,11 +27,12 @@ class Tokenizer:
                 self._mistral = self._chat.instruct_tokenizer.tokenizer
                 self.bos_id, self.eos_id = self._mistral.bos_id, self._mistral.eos_id
         except ImportError as error:
-            raise ModelError(f"{path}: {error}; install mixtral_ext[model]") from None
+            raise ModelError(f"{path}: {error}: pip install 'mixtral_ext[model]'") from None
         except Exception as error:  # each library raises its own kinds for a broken file
             raise ModelError(f"{path}: not a readable tokenizer: {error}") from None
 
     def encode(self, text: str) -> list[int]:
+        _check_text(text)
         if self._chat:
             return self._mistral.encode(text, bos=True, eos=False)
         ids = self._json.encode(text).ids
@@ -39,6 +40,7 @@ class Tokenizer:
 
     def encode_chat(self, text: str) -> list[int]:
         """One user message in the instruct template that belongs to the tokenizer's version."""
+        _check_text(text)
         if not self._chat:
             raise ModelError(f"{self.path}: a chat needs tokenizer.model* or tekken.json, whose version names the template")
         from mistral_common.protocol.instruct.messages import UserMessage
@@ -52,6 +54,13 @@ class Tokenizer:
         return self._mistral.decode([token for token in ids if token < self._mistral.n_words])
 
 
+def _check_text(text: str) -> None:
+    try:
+        text.encode()  # fails for Python's stand-ins for bytes that are not UTF-8
+    except (AttributeError, UnicodeEncodeError):
+        raise ModelError(f"text: expected a str that UTF-8 can encode, got {text!r:.80}") from None
+
+
 class TextStream:
     """Turns tokens that come one by one into pieces of text that add up to the text of all of them."""
 
@@ -62,10 +71,17 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that token adds; "" while it ends within a character."""
         self.ids.append(token)
+        return self._advance(hold=True)
+
+    def flush(self) -> str:
+        """At the end: the text still held back, an incomplete character as U+FFFD."""
+        return self._advance(hold=False)
+
+    def _advance(self, hold: bool) -> str:
         # Text is decoded from a few tokens back, since a tokenizer drops the space before the first of a run.
         before = self.tokenizer.decode(self.ids[self.start:self.shown])
         text = self.tokenizer.decode(self.ids[self.start:])
-        if text.endswith("\ufffd"):
+        if hold and text.endswith("\ufffd"):
             return ""
         self.start, self.shown = self.shown, len(self.ids)
         return text[len(before):]
