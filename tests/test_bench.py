@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -218,3 +219,21 @@ def test_the_table_of_the_issue():
 def test_machine_limits():
     assert machine.read_bandwidth(2**20) > 0
     assert machine.median_seconds(lambda: None, 3) >= 0
+
+
+@pytest.mark.parametrize("module", ["tqdm", "transformers"])
+def test_a_missing_extra_is_named(monkeypatch, module):
+    monkeypatch.delitem(sys.modules, "mixtral_bench.rows")
+    monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    with pytest.raises(SystemExit, match=rf"^error: {module} is not installed: pip install 'mixtral_ext\[bench\]'$"):
+        bench.main(["--quick"])
+
+
+def test_the_table_does_not_need_matplotlib(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results_of([])))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bench.main(["report", str(file)])
+    printed = capsys.readouterr().out
+    assert printed.startswith(file.with_suffix(".md").read_text())
+    assert printed.endswith("no plot: matplotlib is not installed: pip install 'mixtral_ext[bench]'\n")

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from mixtral_bench import machine, report
 from mixtral_bench.measure import Meter
@@ -26,10 +25,17 @@ def main(arguments: list[str] | None = None) -> None:
     reporter = commands.add_parser("report", help="table and plot of earlier results, written beside the file")
     reporter.add_argument("file", type=Path)
     options = parser.parse_args(arguments)
+    try:
+        run(options, " ".join(["python -m mixtral_bench", *arguments]))
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name.partition('.')[0]} is not installed: pip install 'mixtral_ext[bench]'")
+
+
+def run(options: argparse.Namespace, command: str) -> None:
     if options.command == "report":
         write_report(options.file)
     else:
-        results = measure(options.quick, options.limit, " ".join(["python -m mixtral_bench", *arguments]))
+        results = measure(options.quick, options.limit, command)
         print(report.table(results))
         if options.json is not None:
             name = results["machine"]["date"].replace(":", "") + ".json"
@@ -42,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
 @torch.inference_mode()
 def measure(quick: bool, limit: float, command: str) -> dict:
     """Everything, with progress on stderr -> what `--json` writes."""
+    from tqdm import tqdm
+
     from mixtral_bench.rows import rows
 
     meter = Meter(limit, budget=0.2) if quick else Meter(limit)
@@ -71,8 +79,8 @@ def write_report(file: Path) -> None:
     print(markdown)
     try:
         report.plot(results, file.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    except ModuleNotFoundError:
+        print("no plot: matplotlib is not installed: pip install 'mixtral_ext[bench]'")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def demo(output: str | Path) -> None:
     try:
         import transformers
     except ImportError:
-        print("transformers is not installed: no comparison (pip install 'mixtral_ext[test]')\n")
+        print("transformers is not installed: no comparison (pip install 'mixtral_ext[bench]')\n")
     else:
         peer = "transformers " + transformers.__version__
         print(f"The same files and prompt through {peer} in f32, then both in bf16 ...", flush=True)
@@ -141,7 +141,7 @@ def _show_load(load: Tensor, output: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("(matplotlib is not installed: no plot)\n")
+        print("matplotlib is not installed: no plot (pip install 'mixtral_ext[bench]')\n")
         return
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.add_subplot()
