@@ -21,7 +21,7 @@ class Completion:
 
 
 def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
-             seed: int = 0, chunk_size: int = 2048, eos_ids: Iterable[int] | None = None, logprobs: bool = False,
+             seed: int = 0, chunk_size: int = 2048, eos_ids: Iterable[int] | int | None = None, logprobs: bool = False,
              prompt_logprobs: bool = False, on_token: Callable[[int, int], None] | None = None,
              on_prefill: Callable[[int], None] | None = None, expert_load: Tensor | None = None) -> list[Completion]:
     """Continues each prompt (token ids) by up to max_tokens tokens, or to the first of eos_ids (default: the model's).
@@ -42,15 +42,13 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
     results = [Completion() for _ in prompts]
     generators = [torch.Generator().manual_seed(int(seed) + i) for i in range(len(prompts))]
 
-    last = _prefill(model, cache, prompts, chunk_size, results if prompt_logprobs else None, on_prefill, expert_load)
+    hidden = _prefill(model, cache, prompts, chunk_size, results if prompt_logprobs else None, on_prefill, expert_load)
     active = list(range(len(prompts))) if max_tokens else []
-    hidden = last
     while active:
         logits = model.logits(hidden)  # [len(active), V]
         tokens = sample(logits, temperature, top_p, [generators[i] for i in active])
         scores = token_logprobs(logits, tokens).tolist() if logprobs else None
-        tokens = tokens.tolist()
-        for row, (i, token) in enumerate(zip(active, tokens)):
+        for row, (i, token) in enumerate(zip(active, tokens.tolist())):
             results[i].token_ids.append(token)
             if logprobs:
                 results[i].logprobs.append(scores[row])
@@ -58,11 +56,10 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
                 results[i].finish_reason = "eos"
             if on_token:
                 on_token(i, token)
-        going = [(i, [token]) for i, token in zip(active, tokens)
-                 if token not in eos_ids and len(results[i].token_ids) < max_tokens]
-        active = [i for i, _ in going]  # finished sequences leave the batch
+        # finished sequences leave the batch
+        active = [i for i in active if results[i].finish_reason == "length" and len(results[i].token_ids) < max_tokens]
         if active:
-            hidden = model.forward([chunk for _, chunk in going], cache, active, expert_load)
+            hidden = model.forward([results[i].token_ids[-1:] for i in active], cache, active, expert_load)
     return results
 
 
@@ -135,13 +132,13 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
 
 
 class Speed:
-    """Times one generate(): pass its `token` as on_token (or call it there)."""
+    """Times one generate(): call token() for each new one."""
 
     def __init__(self, prompts: list[list[int]]):
         self.prompt_tokens, self.prompts, self.new_tokens = sum(map(len, prompts)), len(prompts), 0
         self.start = self.first = self.last = time.perf_counter()
 
-    def token(self, prompt: int = 0, token: int = 0) -> None:
+    def token(self) -> None:
         self.last = time.perf_counter()
         self.new_tokens += 1
         if self.new_tokens == 1:

@@ -81,11 +81,10 @@ class Checkpoint:
                     raise ModelError(f"{path}: {name} is also in another file (model-parallel shards are not supported)")
                 self.files[name] = file
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.files[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        return self.files[name].get_slice(name).get_dtype()
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype."""
+        header = self.files[name].get_slice(name)
+        return tuple(header.get_shape()), header.get_dtype()
 
     def tensor(self, name: str) -> Tensor:
         tensor = self.files[name].get_tensor(name)
@@ -171,10 +170,11 @@ def _check(config: ModelConfig, checkpoint: Checkpoint, pieces: list[Piece]) -> 
     if unknown:
         raise ModelError(f"{directory}: {len(unknown)} unknown tensors: {some(unknown)}")
     for piece in pieces:
-        if checkpoint.shape(piece.name) != piece.shape:
-            raise ModelError(f"{directory}: {piece.name}: expected shape {list(piece.shape)}, got {list(checkpoint.shape(piece.name))}")
-        if checkpoint.dtype(piece.name) not in _DTYPES:
-            raise ModelError(f"{directory}: {piece.name}: expected dtype {', '.join(_DTYPES)}, got {checkpoint.dtype(piece.name)}")
+        shape, dtype = checkpoint.header(piece.name)
+        if shape != piece.shape:
+            raise ModelError(f"{directory}: {piece.name}: expected shape {list(piece.shape)}, got {list(shape)}")
+        if dtype not in _DTYPES:
+            raise ModelError(f"{directory}: {piece.name}: expected dtype {', '.join(_DTYPES)}, got {dtype}")
 
 
 def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype | None = None,
@@ -188,7 +188,7 @@ def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype 
     top, layers = _plan(config, checkpoint)
     pieces = [piece for group in (top, *layers) for target in group.values() for piece in target.pieces]
     _check(config, checkpoint, pieces)
-    dtype = dtype or _DTYPES[checkpoint.dtype(top["embed"].pieces[0].name)]
+    dtype = dtype or _DTYPES[checkpoint.header(top["embed"].pieces[0].name)[1]]
     done = 0
 
     def read(target: Target) -> Tensor:
