@@ -115,6 +115,26 @@ def test_a_poisoned_key_reaches_only_queries_that_see_it(cpu_build, poison, dtyp
     assert out[sees].isnan().all() and lse[:, sees].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("queries", (1, 130))
+def test_an_infinite_value_counts_even_at_weight_zero(cpu_build, queries, dtype):
+    """0 * inf is NaN in softmax(scores) @ v: in tiles at the window's edges, within it, and in decoding alike."""
+    library, arch = cpu_build
+    window, at = 100, 90
+    inputs = edge("infinite", queries, 130, heads=2, window=window).inputs(DTYPES[dtype])
+    inputs["q"].fill_(1)
+    inputs["k"][at] = -1000  # the weight 2^-10000 is 0 in any format
+    clean, clean_lse = run(library, library.context(arch), inputs)
+    inputs["v"][at] = math.inf
+    out, lse = run(library, library.context(arch), inputs)
+    position = torch.arange(130)[-queries:]
+    sees = (position >= at) & (position < at + window)
+    assert sees.any()
+    torch.testing.assert_close(out[~sees], clean[~sees], rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(lse, clean_lse, rtol=0, atol=0)
+    assert out[sees].isnan().all()
+
+
 @pytest.mark.parametrize("queries", (1, 40))
 def test_extreme_scores(cpu_build, queries):
     """Scores of +-1e4 and more: the softmax is one-hot, never NaN."""

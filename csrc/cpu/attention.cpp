@@ -1,7 +1,7 @@
 // Splits attention into tasks, runs the kernel of the context's architecture on them, combines split keys.
 //
 // Workspace: [sequence descriptors | partial results of split sequences | kScratchSlots scratch areas]. A scratch area
-// belongs to every kScratchSlots-th task, never to a thread.
+// belongs to every kScratchSlots-th task, never to a thread. Few-rows tasks have theirs on the stack: it stays in the cache.
 #include "attention.h"
 
 #include <cmath>
@@ -29,7 +29,7 @@ int64_t span_count(Split split, int64_t keys) { return max(1, divide_up(keys, sp
 
 // Upper bounds over all values that the index arrays may have.
 struct Sizes {
-  int64_t tasks, partial_floats;
+  int64_t slots, partial_floats;  // slots: scratch areas
 };
 
 Sizes sizes(const Problem &problem, const Bounds &bounds) {
@@ -42,16 +42,14 @@ Sizes sizes(const Problem &problem, const Bounds &bounds) {
   const int64_t block_spans = min(kBlockSplit.most_spans, max(1, divide_up(keys(min(longest, kBlockRows)), kBlockSplit.least_keys)));
   const bool few = group <= kFewGroup, blocks = !few || longest > 1;
   const int64_t sequences = min(bounds.sequences, bounds.queries);  // that have a query
+  int64_t tasks = few ? sequences * few_spans : 0;
   Sizes s = {0, 0};
-  if (few) {
-    s.tasks += sequences * few_spans;
-    if (few_spans > 1) s.partial_floats += sequences * group * few_spans;
-  }
+  if (few && few_spans > 1) s.partial_floats += sequences * group * few_spans;
   if (blocks) {
-    s.tasks += bounds.queries * group / kBlockRows + sequences * block_spans;
+    tasks += bounds.queries * group / kBlockRows + sequences * block_spans;
     if (block_spans > 1) s.partial_floats += min(bounds.queries * group, sequences * kBlockRows) * block_spans;
   }
-  s.tasks *= problem.key_heads;
+  if (blocks) s.slots = min(tasks * problem.key_heads, kScratchSlots);
   s.partial_floats *= problem.key_heads * partial_row(problem.head_dim);
   return s;
 }
@@ -129,7 +127,7 @@ mixtral_status check_bounds(const char *op, const char *name, const mixtral_tens
 size_t workspace_size(const Problem &problem, const Bounds &bounds) {
   const Sizes s = sizes(problem, bounds);
   return (size_t)(align(bounds.sequences * (int64_t)sizeof(Sequence)) + align(s.partial_floats * 4) +
-                  min(s.tasks, kScratchSlots) * kScratchBytes);
+                  s.slots * kScratchBytes);
 }
 
 Sequence *sequences(void *workspace) { return (Sequence *)workspace; }
@@ -164,12 +162,14 @@ void run(const mixtral_context &context, Problem &problem, const Bounds &bounds,
       if (s.pieces[0].k_head > s.pieces[0].k_token) few_heads = 1;
     }
   }
-  while (few_heads > 1 && few_tasks * divide_up(problem.key_heads, few_heads) < kScratchSlots / 2) few_heads = divide_up(few_heads, 2);
+  while (few_heads > 1 && few_tasks * divide_up(problem.key_heads, few_heads) < 16) few_heads = divide_up(few_heads, 2);
 
   int64_t tasks = 0;
+  bool blocks = false;
   for (int64_t b = 0; b < problem.sequence_count; ++b) {
     Sequence &s = problem.sequences[b];
     s.first_task = tasks;
+    blocks = blocks || (s.queries > 0 && !is_few(problem, s));
     const int64_t heads = is_few(problem, s) ? few_heads : 1;
     tasks += divide_up(problem.key_heads, heads) * divide_up(s.queries * group, kBlockRows) * s.spans;
   }
@@ -193,9 +193,12 @@ void run(const mixtral_context &context, Problem &problem, const Bounds &bounds,
     kernel(task);
   };
   const int64_t slots = min(tasks, kScratchSlots);
-  parallel_for(context, slots, [&](int64_t slot) {
-    for (int64_t i = slot; i < tasks; i += slots) run_task(i, scratch + slot * kScratchBytes);
-  });
+  if (blocks)
+    parallel_for(context, slots, [&](int64_t slot) {
+      for (int64_t i = slot; i < tasks; i += slots) run_task(i, scratch + slot * kScratchBytes);
+    });
+  else
+    parallel_for(context, tasks, [&](int64_t i) { run_task(i, nullptr); });
   if (split)
     parallel_for(context, problem.sequence_count * problem.key_heads, [&](int64_t i) {
       const Sequence &s = problem.sequences[i / problem.key_heads];

@@ -12,8 +12,8 @@ namespace mixtral::cpu::attention {
 
 constexpr int64_t kBlockRows = 192;    // a multiple of every kernel's row panel
 constexpr int64_t kFewGroup = 8;       // largest group of a few-rows task
-constexpr int64_t kFewRows = 64;       // rows of all its key heads
-constexpr int64_t kScratchSlots = 64;  // tasks that can have scratch at a time
+constexpr int64_t kFewRows = 48;       // rows of all its key heads
+constexpr int64_t kScratchSlots = 64;  // blocks of rows that can have scratch at a time
 constexpr int64_t kScratchBytes = 352 * 1024;
 
 // Consecutive key positions that are evenly spaced in memory: position p lies p - begin tokens after k and v.
@@ -54,7 +54,7 @@ struct Task {
   int64_t row_begin, row_end;      // of one key head
   int64_t key_begin, key_end;      // the union of what the rows see, or a span of it
   float *partial;  // nullptr: write out and lse; else [Hk][rows of the sequence] of D sums, maximum score, total weight
-  char *scratch;   // kScratchBytes, 64-byte aligned
+  char *scratch;   // kScratchBytes, 64-byte aligned; nullptr for a few-rows task
 };
 
 // What scores are multiplied by, so that weights are powers of two; 0 selects 1/sqrt(D).

@@ -188,9 +188,10 @@ inline void panel_values(const uint16_t *values, const uint16_t *pairs, int64_t 
   }
 }
 
-// The same where values are not finite: a weight of 0 ignores its value, which may be NaN.
+// The same where values are not finite, for the keys from `begin` on: rows ignore values that they do not see.
 template <int kD>
-void selective_values(const uint16_t *values, const float *weights, int64_t count, float *sums) {
+void selective_values(const uint16_t *values, const float *weights, int64_t count, float *sums, int64_t begin, const BlockRows &rows,
+                      int64_t row) {
   for (int64_t d = 0; d < kD; ++d)
     for (int64_t v = 0; v < kVectors; ++v) {
       F sum = load(sums + d * kPanel + v * kWidth);
@@ -199,7 +200,7 @@ void selective_values(const uint16_t *values, const float *weights, int64_t coun
         float value;
         __builtin_memcpy(&value, &bits, sizeof value);
         const F w = (F)(rounded(load(weights + j * kPanel + v * kWidth)) & 0xffff0000u);
-        sum = select(w == 0.0f, sum, sum + w * value);
+        sum = select(seeing(rows, row + v * kWidth, begin + j), sum + w * value, sum);
       }
       store(sums + d * kPanel + v * kWidth, sum);
     }
@@ -255,7 +256,7 @@ void task_block(const Task &t) {
           for (int v = 0; v < kVectors; ++v)
             store(sums + d * kPanel + v * kWidth, load(sums + d * kPanel + v * kWidth) * factor[v]);
       if (masked && not_finite) {
-        selective_values<kD>(s.values, s.weights, count, sums);
+        selective_values<kD>(s.values, s.weights, count, sums, begin, s.rows, row);
       } else {
         pack_weights(s.weights, count, s.pairs);
         panel_values<kD>(s.values, s.pairs, count, sums);

@@ -100,6 +100,13 @@ Rows rows(const mixtral_tensor &x, int64_t outer = 0) {
   return {(char *)x.data, x.stride[outer] * bytes, x.stride[outer + 1] * bytes};
 }
 
+// The last sequence that starts at or before a token.
+int64_t sequence_of(const int32_t *bounds, int64_t sequences, int64_t token) {
+  int64_t low = 0, high = sequences;
+  while (high - low > 1) (bounds[(low + high) / 2] <= token ? low : high) = (low + high) / 2;
+  return low;
+}
+
 void rotate(const mixtral_context &context, const mixtral_rolling_attention_params &p, const attention::Problem &a, const Rows &q,
             const Rows &k) {
   float frequencies[kMaxRopePairs];
@@ -109,8 +116,7 @@ void rotate(const mixtral_context &context, const mixtral_rolling_attention_para
   const Rows q_from = rows(p.q), k_from = rows(p.k);
   constexpr int64_t kBlock = 4;
   parallel_for(context, (tokens + kBlock - 1) / kBlock, [&](int64_t block) {
-    int64_t b = 0, high = a.sequence_count;  // the last sequence that starts at or before the token
-    while (high - b > 1) (bounds[(b + high) / 2] <= block * kBlock ? b : high) = (b + high) / 2;
+    int64_t b = sequence_of(bounds, a.sequence_count, block * kBlock);
     for (int64_t t = block * kBlock; t < tokens && t < (block + 1) * kBlock; ++t) {
       while (t >= bounds[b + 1]) ++b;
       rope_token(a.dtype, a.head_dim, p.rope_interleaved, frequencies, lengths[b] + t - bounds[b],
@@ -124,17 +130,21 @@ void append(const mixtral_context &context, const mixtral_rolling_attention_para
             const Rows &v) {
   const int32_t *bounds = (const int32_t *)p.cu_seqlens_q.data, *lengths = (const int32_t *)p.cache_lengths.data;
   const int32_t *cache_slots = (const int32_t *)p.cache_slots.data;
-  const int64_t capacity = p.k_cache.shape[1], bytes = element_bytes(a.dtype);
+  const int64_t capacity = p.k_cache.shape[1], bytes = element_bytes(a.dtype), tokens = bounds[a.sequence_count];
   const Rows k_ring = rows(p.k_cache, 1), v_ring = rows(p.v_cache, 1);
-  parallel_for(context, a.sequence_count * a.key_heads, [&](int64_t i) {
-    const int64_t b = i / a.key_heads, head = i % a.key_heads, n = bounds[b + 1] - bounds[b];
-    const int64_t slot = cache_slots ? cache_slots[b] : b;
-    for (int64_t t = n > capacity ? n - capacity : 0; t < n; ++t) {
-      const int64_t to = (lengths[b] + t) % capacity, from = bounds[b] + t;
-      memcpy(k_ring.data + slot * p.k_cache.stride[0] * bytes + to * k_ring.token + head * k_ring.head,
-             k.data + from * k.token + head * k.head, (size_t)(a.head_dim * bytes));
-      memcpy(v_ring.data + slot * p.v_cache.stride[0] * bytes + to * v_ring.token + head * v_ring.head,
-             v.data + from * v.token + head * v.head, (size_t)(a.head_dim * bytes));
+  constexpr int64_t kBlock = 16;
+  parallel_for(context, (tokens + kBlock - 1) / kBlock, [&](int64_t block) {
+    int64_t b = sequence_of(bounds, a.sequence_count, block * kBlock);
+    for (int64_t t = block * kBlock; t < tokens && t < (block + 1) * kBlock; ++t) {
+      while (t >= bounds[b + 1]) ++b;
+      if (t < bounds[b + 1] - capacity) continue;  // a later token of the chunk takes its slot
+      const int64_t slot = cache_slots ? cache_slots[b] : b, to = (lengths[b] + t - bounds[b]) % capacity;
+      for (int64_t head = 0; head < a.key_heads; ++head) {
+        memcpy(k_ring.data + slot * p.k_cache.stride[0] * bytes + to * k_ring.token + head * k_ring.head,
+               k.data + t * k.token + head * k.head, (size_t)(a.head_dim * bytes));
+        memcpy(v_ring.data + slot * p.v_cache.stride[0] * bytes + to * v_ring.token + head * v_ring.head,
+               v.data + t * v.token + head * v.head, (size_t)(a.head_dim * bytes));
+      }
     }
   });
 }
