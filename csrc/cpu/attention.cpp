@@ -64,8 +64,8 @@ void (*task_of(mixtral_arch arch))(const Task &) {
   switch (arch) {
 #if defined(__x86_64__)
     case MIXTRAL_ARCH_CPU_AVX2: return task_avx2;
-    case MIXTRAL_ARCH_CPU_AVX512:
-    case MIXTRAL_ARCH_CPU_AVX512_BF16: return task_avx512;
+    case MIXTRAL_ARCH_CPU_AVX512: return task_avx512;
+    case MIXTRAL_ARCH_CPU_AVX512_BF16: return task_avx512bf16;
     case MIXTRAL_ARCH_CPU_AMX: return task_amx;
 #endif
     default: return task_portable;

@@ -63,6 +63,7 @@ float log2_scale(double softmax_scale, int64_t head_dim);
 mixtral_status check_bounds(const char *op, const char *name, const mixtral_tensor &bounds, int64_t tokens, int64_t longest);
 
 static inline bool is_few(const Problem &problem, const Sequence &s) { return s.queries == 1 && problem.group <= kFewGroup; }
+static inline bool is_bf16_block(const Task &t) { return t.problem.dtype == MIXTRAL_DTYPE_BF16 && !is_few(t.problem, t.sequence); }
 // Floats of a partial row.
 static inline int64_t partial_row(int64_t head_dim) { return head_dim + 2; }
 
@@ -76,10 +77,12 @@ size_t workspace_size(const Problem &problem, const Bounds &bounds);
 Sequence *sequences(void *workspace);
 void run(const mixtral_context &context, Problem &problem, const Bounds &bounds, void *workspace);
 
-// One task, any dtype and head dim of the header. All but AMX are a copy of attention_kernel.inc.
+// One task, any dtype and head dim of the header. Copies of attention_kernel.inc; the last two of attention_bf16.inc for
+// blocks of bf16 rows.
 void task_portable(const Task &task);
 void task_avx2(const Task &task);
 void task_avx512(const Task &task);
+void task_avx512bf16(const Task &task);
 void task_amx(const Task &task);
 
 }  // namespace mixtral::cpu::attention
