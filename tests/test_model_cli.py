@@ -113,6 +113,19 @@ def test_without_any_extra(checkpoint, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reader_that_goes_away(checkpoint):
+    """As `| head -c 1` does: the output ends, without a word and without a traceback."""
+    process = subprocess.Popen([sys.executable, "-m", "mixtral_model", "generate", "--checkpoint", checkpoint, "--prompt", "One", "--max-tokens",
+                                "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment())
+    assert process.stdout.read(1)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait() == 1
+    assert "Broken pipe" not in errors and "Traceback" not in errors and "Exception" not in errors
+    inspected = subprocess.run(f"{sys.executable} -m mixtral_model inspect {checkpoint} | true", shell=True, capture_output=True, env=_environment())
+    assert inspected.stderr == b""
+
+
 def test_output_that_cannot_show_every_character(checkpoint):
     """The prompt is part of a batch's output."""
     result = _command("generate", "--checkpoint", checkpoint, "--prompt", "naïve 你好", "--prompt", "plain", "--max-tokens", 1,

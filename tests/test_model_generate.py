@@ -1,4 +1,5 @@
 """Batches, sampling, stopping, the cache, and requests that are refused."""
+import dataclasses
 import re
 
 import numpy as np
@@ -91,10 +92,11 @@ def test_greedy_takes_the_largest_logit_and_low_temperature_nears_it():
 
 
 @pytest.mark.parametrize("top_p", [0.5, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_without_a_distribution_are_refused(value, top_p):
+def test_logits_without_a_distribution_are_refused(value, temperature, top_p):
     with pytest.raises(ModelError, match="sampling: expected finite logits"):
-        sample(torch.tensor([[0.0, value, 1.0]]), 1.0, top_p, [torch.Generator()])
+        sample(torch.tensor([[0.0, value, 1.0]]), temperature, top_p, [torch.Generator()])
 
 
 def test_the_cache_holds_a_window_and_no_more(model, windowless):
@@ -159,6 +161,13 @@ def test_the_largest_seed(model):
     tokens = [r.token_ids for r in generate(model, [prompt] * 3, 20, temperature=1.0, seed=2**63 - 1)]
     assert tokens[0] != tokens[1] != tokens[2]
     assert generate(model, [prompt], 20, temperature=1.0, seed=np.int64(2**63 - 1))[0].token_ids == tokens[0]
+
+
+@pytest.mark.parametrize("length", [10**13, 10**17])  # more than an address space holds; more than 2**63 bytes
+def test_a_cache_that_does_not_fit_is_refused(model, length):
+    huge = Model(dataclasses.replace(model.config, window=None, max_positions=10**18), model.weights)
+    with pytest.raises(ModelError, match=f"cache: 1 sequences of {length + 1} positions take .* GB, which this machine does not give"):
+        generate(huge, [[5]], length)
 
 
 @pytest.mark.parametrize("chunks, slots, message", [

@@ -1,6 +1,7 @@
 """python -m mixtral_model generate|inspect|demo: see --help of each."""
 import argparse
 import dataclasses
+import os
 import sys
 
 import torch
@@ -42,6 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has gone (| head): end without a word, also at Python's own last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ModelError, OSError) as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:

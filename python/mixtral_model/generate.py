@@ -111,13 +111,13 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
     """One token for each row of logits [N, V]. top_p keeps the smallest set of likeliest tokens that reaches it."""
-    if temperature == 0:
-        return logits.argmax(1)
-    logits = logits.double()
-    # The largest becomes 0 before the division: no temperature overflows.
-    probabilities = ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
-    if probabilities.isnan().any():
+    largest, tokens = logits.max(1)
+    if not largest.isfinite().all():  # a NaN anywhere is the largest
         raise ModelError("sampling: expected finite logits, got NaN or infinity (are the weights sound?)")
+    if temperature == 0:
+        return tokens
+    # The largest becomes 0 before the division: no temperature overflows.
+    probabilities = ((logits.double() - largest[:, None]) / temperature).softmax(1)
     order = None
     if top_p < 1:
         probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)

@@ -37,8 +37,12 @@ class Cache:
         self.window = config.window if config.window is not None and config.window < max_length else None
         self.capacity = self.window or max_length
         shape = (config.num_layers, sequences, self.capacity, config.num_kv_heads, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype).unbind()
-        self.values = torch.empty(shape, dtype=dtype).unbind()
+        try:
+            self.keys, self.values = (torch.empty(shape, dtype=dtype).unbind() for _ in "kv")
+        except RuntimeError:  # torch's way to say so; beyond 2^63 bytes it names only the shape
+            size = config.cache_bytes(self.capacity, dtype.itemsize) * sequences
+            raise ModelError(f"cache: {sequences} sequences of {self.capacity} positions take {size / 1e9:.1f} GB, "
+                             "which this machine does not give") from None
         self.lengths = [0] * sequences  # tokens seen so far
 
 

@@ -60,8 +60,8 @@ class Checkpoint:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelError(f"{index}: weight_map is missing")
-            if bad := [name for name in weight_map.values() if not isinstance(name, str)]:
-                raise ModelError(f"{index}: weight_map: expected file names, got {bad[0]!r}")
+            if bad := [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]:
+                raise ModelError(f"{index}: weight_map: expected names of files beside it, got {bad[0]!r:.80}")
             paths = [directory / name for name in sorted(set(weight_map.values()))]
         else:
             paths = sorted(directory.glob(f"{stem}*.safetensors"))
