@@ -119,13 +119,16 @@ HOST_VISIBLE = [
     ("rolling_attention", "window", None, r"max_cache_length: expected max_cache_length \+ max_seqlen_q <= 8 \(capacity\)"),
     ("rolling_attention", "max_cache_length", -1, "max_cache_length: expected None or a value of 0 or more, got -1$"),
     ("rolling_attention", "rope_theta", 0.0, "rope_theta: expected None or a value other than 0, got 0"),
-    ("rolling_attention", "rope_theta", -1.0, "rope_theta: expected 0 or a positive finite number, got -1"),
+    ("rolling_attention", "rope_theta", -1.0, "rope_theta: expected 0 or a number from 1e-30 to 1e30, got -1"),
+    ("rolling_attention", "rope_theta", 1e-50, "rope_theta: expected 0 or a number from 1e-30 to 1e30, got 1e-50"),
+    ("rolling_attention", "rope_theta", 1e40, "rope_theta: expected 0 or a number from 1e-30 to 1e30, got 1e\\+40"),
     ("apply_rope", "q", narrow, "q: expected head dim 64 or 128, got 63"),
     ("apply_rope", "k", halves, "k: expected dtype float32 .as q., got float16"),
     ("apply_rope", "positions", torch.Tensor.float, "positions: expected dtype int32 or int64, got float32"),
     ("apply_rope", "positions", short, r"positions: expected shape \[5\], got \[4\]"),
-    ("apply_rope", "theta", 0.0, "theta: expected a positive finite number, got 0"),
-    ("apply_rope", "theta", float("inf"), "theta: expected a positive finite number, got inf"),
+    ("apply_rope", "theta", 0.0, "theta: expected a number from 1e-30 to 1e30, got 0"),
+    ("apply_rope", "theta", 1e-50, "theta: expected a number from 1e-30 to 1e30, got 1e-50"),
+    ("apply_rope", "theta", float("inf"), "theta: expected a number from 1e-30 to 1e30, got inf"),
 ]
 
 # Values inside index arrays.
@@ -181,6 +184,17 @@ def test_host_visible(op, name, change, message):
     inputs = case(op, NAMES[op]).inputs(torch.float32)
     inputs[name] = change(inputs[name]) if callable(change) else change
     check_refused(op, inputs, message)
+
+
+def required(op):
+    """The tensors that an op cannot do without. A call without any tensor never reaches the op: torch refuses it."""
+    arguments = getattr(torch.ops.mixtral_ext, op).default._schema.arguments
+    return [a.name for a in arguments if str(a.type) == "Tensor"] if op not in ("moe_gate", "moe_sort") else []
+
+
+@pytest.mark.parametrize("op, name", [(op, name) for op in OPS for name in required(op)])
+def test_none_for_a_tensor(op, name):
+    check_refused(op, case(op, NAMES[op]).inputs(torch.float32) | {name: None}, f"{name}: expected a tensor, got None$")
 
 
 def bad_values(op, name, index, value):

@@ -19,7 +19,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_apply_rope_pa
     c.same_dtype("k", p.k, "q", p.q);
   }
   c.tensor("positions", p.positions, {tokens}, kI32OrI64, kContiguous);
-  c.require(p.theta > 0 && p.theta <= 1e30, "theta: expected a positive finite number, got %g", p.theta);
+  c.require(p.theta >= 1e-30 && p.theta <= 1e30, "theta: expected a number from 1e-30 to 1e30, got %g", p.theta);
   return c.status();
 }
 

@@ -59,8 +59,8 @@ mixtral_status check(const mixtral_context *context, const mixtral_rolling_atten
               (long long)capacity, (long long)p.max_cache_length, (long long)p.max_seqlen_q);
   c.require(p.softmax_scale >= -1e30 && p.softmax_scale <= 1e30, "softmax_scale: expected a finite number, got %g",
             p.softmax_scale);
-  c.require(p.rope_theta >= 0 && p.rope_theta <= 1e30, "rope_theta: expected 0 or a positive finite number, got %g",
-            p.rope_theta);
+  c.require(p.rope_theta == 0 || (p.rope_theta >= 1e-30 && p.rope_theta <= 1e30),
+            "rope_theta: expected 0 or a number from 1e-30 to 1e30, got %g", p.rope_theta);
   c.tensor("out", p.out, {tokens, heads, head_dim}, kFloats, kOutput);
   c.same_dtype("out", p.out, "q", p.q);
   if (present(p.lse)) c.tensor("lse", p.lse, {heads, tokens}, kF32, kContiguous);

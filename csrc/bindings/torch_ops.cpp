@@ -95,7 +95,10 @@ struct Device {
   }
 };
 
+// A tensor that the caller gave as None is undefined; results are sized as if it were an empty one in f32 on the CPU,
+// and Call::tensor refuses it by name.
 Device device_of(const Tensor &t) {
+  if (!t.defined()) return {aoti_torch_device_type_cpu(), -1};
   Device device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
@@ -104,6 +107,7 @@ Device device_of(const Tensor &t) {
 }
 
 int32_t torch_dtype(const Tensor &t) {
+  if (!t.defined()) return aoti_torch_dtype_float32();
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
@@ -124,7 +128,7 @@ Tensor empty(const char *op, const Tensor &like, const int64_t (&shape)[ndim], i
 
 // Size of a dimension, 0 if there is none: results of a wrong rank are sized without complaint, and the C API, which
 // sees the same tensors next, says what is wrong.
-int64_t size(const Tensor &t, int64_t dim) { return dim < t.dim() ? t.size(dim) : 0; }
+int64_t size(const Tensor &t, int64_t dim) { return t.defined() && dim < t.dim() ? t.size(dim) : 0; }
 
 // One call of an op of the C API: converts its arguments, then runs it on their device.
 class Call {
@@ -132,6 +136,7 @@ class Call {
   explicit Call(const char *op) : op_(op) {}
 
   mixtral_tensor tensor(const char *name, const Tensor &t) {
+    if (!t.defined()) fail(name, "expected a tensor, got None");
     const Device device = device_of(t);
     if (!first_name_) {
       first_ = t;
@@ -383,7 +388,7 @@ Tensor moe_experts(const Tensor &hidden, const Tensor &w_gate_up, const Tensor &
 // out like q, and lse [Hq, Tq] or [B, Hq, Sq].
 std::tuple<Tensor, Tensor> attention_results(const char *op, const Tensor &q) {
   const int32_t f32 = aoti_torch_dtype_float32();
-  if (q.dim() == 4)
+  if (q.defined() && q.dim() == 4)
     return {empty(op, q, {q.size(0), q.size(1), q.size(2), q.size(3)}, torch_dtype(q)),
             empty(op, q, {q.size(0), q.size(2), q.size(1)}, f32)};
   return {empty(op, q, {size(q, 0), size(q, 1), size(q, 2)}, torch_dtype(q)), empty(op, q, {size(q, 1), size(q, 0)}, f32)};

@@ -355,7 +355,7 @@ typedef struct mixtral_rolling_attention_params {
   int64_t max_cache_length;     /* no cache_lengths entry exceeds this; -1 = unknown */
   int64_t window;               /* 1 <= W <= C, or 0 for plain causal */
   double softmax_scale;         /* finite; 0 selects 1/sqrt(D) */
-  double rope_theta;            /* 0: q and k arrive rotated; else > 0 */
+  double rope_theta;            /* 0: q and k arrive rotated; else 1e-30 to 1e30 */
   int32_t rope_interleaved;     /* see apply_rope */
   int32_t reserved;             /* 0 */
   mixtral_tensor out;           /* out, dtype and shape of q; queries outside the bounds are not written */
@@ -378,7 +378,7 @@ typedef struct mixtral_apply_rope_params {
   mixtral_tensor q;         /* in place [T, Hq, D] f32, bf16 or f16; any token and head stride */
   mixtral_tensor k;         /* optional, in place [T, Hk, D], dtype of q; any token and head stride */
   mixtral_tensor positions; /* [T] i32 or i64, 0 <= position < 2^31 (CUDA: other positions leave the token unchanged) */
-  double theta;             /* > 0 and finite */
+  double theta;             /* 1e-30 to 1e30 */
   int32_t interleaved;      /* 0: half-split, else interleaved */
   int32_t reserved;         /* 0 */
 } mixtral_apply_rope_params;

@@ -94,7 +94,7 @@ class _Reader:
         return None if number is None else int(number)
 
     def positive(self, key: str, default=_NEEDED) -> float:
-        return self._number(key, default, "a positive number that float32 holds", lambda x: 1e-37 < x < 1e38)
+        return self._number(key, default, "a number from 1e-30 to 1e30", lambda x: 1e-30 <= x <= 1e30)
 
     def _number(self, key, default, expected, accepts) -> float | None:
         value = self.content.get(key)
