@@ -164,6 +164,12 @@ def test_scores_of_minus_infinity(cpu_build, queries, keys, gone, dtype):
     assert blind.sum() == 2 * min(queries, max(0, gone - keys + queries)) and (out[blind] == 0).all()
 
 
+def test_long_f32_sums(cpu_build):
+    """A block of rows that is not split adds 16384 values: tile by tile, not one after the other."""
+    library, arch = cpu_build
+    check(library, arch, edge("long", 193, 16384, heads=1), "float32")
+
+
 def test_lse_is_optional(cpu_build):
     library, arch = cpu_build
     inputs = SMALL[0].inputs(torch.float32)

@@ -277,7 +277,7 @@ void fill(char *params, const Op &op, const Field &field, py::handle value) {
 
 // ------------------------------------------------------------------------------------------------------------- run
 
-// Fields that are not given or None stay zero, which is "absent" for a tensor; a length is then -1.
+// Fields that are not given or None stay zero, which is "absent" for a tensor; a length that is None is -1.
 void run(size_t number, const py::kwargs &values) {
   const Op &op = kOps[number];
   const auto params = std::make_unique<char[]>(op.params_size);  // zeroed

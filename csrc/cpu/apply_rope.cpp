@@ -47,7 +47,7 @@ void rope_token(int32_t dtype, int64_t head_dim, bool interleaved, const float *
 }
 
 mixtral_status apply_rope(const mixtral_context &context, const mixtral_apply_rope_params &p) {
-  const int64_t tokens = p.q.shape[0], head_dim = p.q.shape[2], bytes = element_bytes(p.q.dtype);
+  const int64_t tokens = p.q.shape[0], head_dim = p.q.shape[2];
   const auto position = [&](int64_t t) {
     return p.positions.dtype == MIXTRAL_DTYPE_I64 ? ((const int64_t *)p.positions.data)[t]
                                                   : (int64_t)((const int32_t *)p.positions.data)[t];
@@ -64,8 +64,8 @@ mixtral_status apply_rope(const mixtral_context &context, const mixtral_apply_ro
     const int64_t end = block * kBlock + kBlock < tokens ? block * kBlock + kBlock : tokens;
     for (int64_t t = block * kBlock; t < end; ++t) {
       const auto heads = [&](const mixtral_tensor &x) {
-        char *data = (char *)x.data + t * x.stride[0] * bytes;
-        return RopeHeads{data, data, x.stride[1] * bytes, x.stride[1] * bytes, x.ndim ? x.shape[1] : 0};
+        char *data = (char *)x.data + t * stride_bytes(x, 0);
+        return RopeHeads{data, data, stride_bytes(x, 1), stride_bytes(x, 1), x.ndim ? x.shape[1] : 0};
       };
       rope_token(p.q.dtype, head_dim, p.interleaved, frequencies, position(t), heads(p.q), heads(p.k));
     }

@@ -54,7 +54,7 @@ struct Task {
   int64_t row_begin, row_end;      // of one key head
   int64_t key_begin, key_end;      // the union of what the rows see, or a span of it
   float *partial;  // nullptr: write out and lse; else [Hk][rows of the sequence] of D sums, maximum score, total weight
-  char *scratch;   // kScratchBytes, 64-byte aligned; nullptr for a few-rows task
+  char *scratch;   // kScratchBytes, 64-byte aligned; not for a few-rows task, may be nullptr there
 };
 
 // What scores are multiplied by, so that weights are powers of two; 0 selects 1/sqrt(D).

@@ -30,10 +30,10 @@ attention::Problem problem(const mixtral_rolling_attention_params &p) {
   a.group = a.query_heads / a.key_heads;
   a.window = p.window;
   a.scale = attention::log2_scale(p.softmax_scale, a.head_dim);
-  a.q_token = (p.rope_theta > 0 ? a.query_heads * a.head_dim : p.q.stride[0]) * bytes;
-  a.q_head = (p.rope_theta > 0 ? a.head_dim : p.q.stride[1]) * bytes;
-  a.out_token = p.out.stride[0] * bytes;
-  a.out_head = p.out.stride[1] * bytes;
+  a.q_token = p.rope_theta > 0 ? a.query_heads * a.head_dim * bytes : stride_bytes(p.q, 0);
+  a.q_head = p.rope_theta > 0 ? a.head_dim * bytes : stride_bytes(p.q, 1);
+  a.out_token = stride_bytes(p.out, 0);
+  a.out_head = stride_bytes(p.out, 1);
   a.lse_head = p.q.shape[0];
   return a;
 }
@@ -96,8 +96,7 @@ struct Rows {
 };
 
 Rows rows(const mixtral_tensor &x, int64_t outer = 0) {
-  const int64_t bytes = element_bytes(x.dtype);
-  return {(char *)x.data, x.stride[outer] * bytes, x.stride[outer + 1] * bytes};
+  return {(char *)x.data, stride_bytes(x, outer), stride_bytes(x, outer + 1)};
 }
 
 // The last sequence that starts at or before a token.
@@ -140,9 +139,9 @@ void append(const mixtral_context &context, const mixtral_rolling_attention_para
       if (t < bounds[b + 1] - capacity) continue;  // a later token of the chunk takes its slot
       const int64_t slot = cache_slots ? cache_slots[b] : b, to = (lengths[b] + t - bounds[b]) % capacity;
       for (int64_t head = 0; head < a.key_heads; ++head) {
-        memcpy(k_ring.data + slot * p.k_cache.stride[0] * bytes + to * k_ring.token + head * k_ring.head,
+        memcpy(k_ring.data + slot * stride_bytes(p.k_cache, 0) + to * k_ring.token + head * k_ring.head,
                k.data + t * k.token + head * k.head, (size_t)(a.head_dim * bytes));
-        memcpy(v_ring.data + slot * p.v_cache.stride[0] * bytes + to * v_ring.token + head * v_ring.head,
+        memcpy(v_ring.data + slot * stride_bytes(p.v_cache, 0) + to * v_ring.token + head * v_ring.head,
                v.data + t * v.token + head * v.head, (size_t)(a.head_dim * bytes));
       }
     }
@@ -192,8 +191,8 @@ mixtral_status rolling_attention(const mixtral_context &context, const mixtral_r
     const auto ring = [&](int64_t from, int64_t to) {
       const int64_t at = from % capacity;
       return attention::Piece{from, to,
-                              k_ring.data + slot * p.k_cache.stride[0] * bytes + at * k_ring.token,
-                              v_ring.data + slot * p.v_cache.stride[0] * bytes + at * v_ring.token,
+                              k_ring.data + slot * stride_bytes(p.k_cache, 0) + at * k_ring.token,
+                              v_ring.data + slot * stride_bytes(p.v_cache, 0) + at * v_ring.token,
                               k_ring.token, v_ring.token, k_ring.head, v_ring.head};
     };
     s.pieces[0] = ring(begin, wrap < end ? wrap : end);

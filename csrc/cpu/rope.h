@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../include/mixtral_ext.h"
+
 namespace mixtral::cpu {
 
 constexpr int64_t kMaxRopePairs = 64;  // D/2
@@ -18,5 +20,9 @@ void rope_token(int32_t dtype, int64_t head_dim, bool interleaved, const float *
 
 // Bytes of an element of a floating-point mixtral_dtype.
 inline int64_t element_bytes(int32_t dtype) { return (dtype >> 8 & 0xff) / 8; }
+// Bytes between neighbours of a dimension; a stride that the header says is ignored may hold anything and counts as 0.
+inline int64_t stride_bytes(const mixtral_tensor &x, int64_t dimension) {
+  return x.shape[dimension] > 1 ? x.stride[dimension] * element_bytes(x.dtype) : 0;
+}
 
 }  // namespace mixtral::cpu

@@ -11,7 +11,6 @@ constexpr char kOp[] = "mixtral_sliding_window_attention";
 
 attention::Problem problem(const mixtral_sliding_window_attention_params &p) {
   const bool batched = p.q.ndim == 4;
-  const int64_t bytes = element_bytes(p.q.dtype);
   attention::Problem a = {};
   a.dtype = p.q.dtype;
   a.head_dim = p.q.shape[2 + batched];
@@ -20,10 +19,10 @@ attention::Problem problem(const mixtral_sliding_window_attention_params &p) {
   a.group = a.query_heads / a.key_heads;
   a.window = p.window;
   a.scale = attention::log2_scale(p.softmax_scale, a.head_dim);
-  a.q_token = p.q.stride[batched] * bytes;
-  a.q_head = p.q.stride[1 + batched] * bytes;
-  a.out_token = p.out.stride[batched] * bytes;
-  a.out_head = p.out.stride[1 + batched] * bytes;
+  a.q_token = stride_bytes(p.q, batched);
+  a.q_head = stride_bytes(p.q, 1 + batched);
+  a.out_token = stride_bytes(p.out, batched);
+  a.out_head = stride_bytes(p.out, 1 + batched);
   a.lse_head = p.q.shape[batched];
   return a;
 }
@@ -71,7 +70,6 @@ mixtral_status sliding_window_attention(const mixtral_context &context, const mi
   if (status != MIXTRAL_OK) return status;
 
   const attention::Bounds limits = bounds(p);
-  const int64_t bytes = element_bytes(p.q.dtype);
   attention::Problem a = problem(p);
   a.sequence_count = limits.sequences;
   a.sequences = attention::sequences(workspace);
@@ -89,7 +87,7 @@ mixtral_status sliding_window_attention(const mixtral_context &context, const mi
       keys = k_bounds[b + 1] - key;
     }
     const auto at = [&](const mixtral_tensor &x, int64_t token) {
-      return (char *)x.data + ((batched ? batch * x.stride[0] : 0) + token * x.stride[batched]) * bytes;
+      return (char *)x.data + (batched ? batch * stride_bytes(x, 0) : 0) + token * stride_bytes(x, batched);
     };
     attention::Sequence &s = a.sequences[b];
     s = {};
@@ -98,8 +96,8 @@ mixtral_status sliding_window_attention(const mixtral_context &context, const mi
     s.q = at(p.q, query);
     s.out = at(p.out, query);
     if (p.lse.data) s.lse = (float *)p.lse.data + batch * a.query_heads * a.lse_head + query;
-    s.pieces[0] = {0, keys, at(p.k, key), at(p.v, key), p.k.stride[batched] * bytes, p.v.stride[batched] * bytes,
-                   p.k.stride[1 + batched] * bytes, p.v.stride[1 + batched] * bytes};
+    s.pieces[0] = {0, keys, at(p.k, key), at(p.v, key), stride_bytes(p.k, batched), stride_bytes(p.v, batched),
+                   stride_bytes(p.k, 1 + batched), stride_bytes(p.v, 1 + batched)};
   }
   attention::run(context, a, limits, workspace);
   return MIXTRAL_OK;
