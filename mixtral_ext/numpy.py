@@ -52,7 +52,7 @@ def _size(array, dim):
 
 
 def _clamped(number, high):
-    return min(max(number, 0), high) if isinstance(number, (int, np.integer)) else 0
+    return int(min(max(number, 0), high)) if isinstance(number, (int, np.integer)) else 0
 
 
 def _like(array, *shape):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mixtral_model import Completion, Model, Tokenizer, demo, generate
 from mixtral_model.__main__ import main
@@ -77,6 +78,20 @@ def test_stops_at_the_end_of_sequence(checkpoint, tmp_path, capsys):
     main(["generate", "--checkpoint", str(directory), "--prompt", "One", "--max-tokens", "5"])
     stop = expected.token_ids.index(expected.token_ids[2]) + 1
     assert f"{stop} new tokens" in (err := capsys.readouterr().err) and err.rstrip().endswith("eos")
+
+
+def test_stops_at_the_tokenizers_end_of_sequence(tmp_path, capsys):
+    """params.json names none."""
+    model = tiny(vocab_size=32000)
+    mixtral_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    with torch.no_grad():
+        first = int(model(torch.tensor([tokenizer.encode("One")])).logits[0, -1].argmax())
+        head = model.lm_head.weight
+        head[[first, tokenizer.eos_id]] = head[[tokenizer.eos_id, first]]
+    write(tmp_path, model, "consolidated")
+    main(["generate", "--checkpoint", str(tmp_path), "--prompt", "One", "--max-tokens", "5"])
+    assert "1 new tokens" in (err := capsys.readouterr().err) and err.rstrip().endswith("eos")
 
 
 @pytest.mark.parametrize("arguments, message", [

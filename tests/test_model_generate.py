@@ -53,6 +53,16 @@ def test_eos_ends_one_sequence_and_not_the_others(model):
     assert results[1].finish_reason == "eos" and len(results[1].token_ids) <= 4
 
 
+def test_the_models_own_eos_ends_a_sequence(model):
+    prompt, = _prompts(20)
+    free, = generate(model, [prompt], 10)
+    eos = free.token_ids[3]
+    stopping = Model(dataclasses.replace(model.config, eos_ids=(VOCAB + 1, eos)), model.weights)
+    result, = generate(stopping, [prompt], 10)
+    assert (result.token_ids, result.finish_reason) == (free.token_ids[:free.token_ids.index(eos) + 1], "eos")
+    assert generate(stopping, [prompt], 10, eos_ids=[])[0].token_ids == free.token_ids
+
+
 def test_same_seed_same_tokens_other_seed_other_tokens(model):
     prompt, = _prompts(20)
     first, again, other = (generate(model, [prompt], 20, temperature=1.0, seed=seed)[0].token_ids for seed in (3, 3, 4))
