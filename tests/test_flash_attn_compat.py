@@ -38,7 +38,7 @@ def qkv(seed, q_shape, kv_shape):
     return [torch.randn(shape, generator=generator) for shape in (q_shape, kv_shape, kv_shape)]
 
 
-WINDOWS = [(-1, -1), (0, 0), (4, 0), (5, -1), (7, 3), (100, 0)]
+WINDOWS = [(-1, -1), (0, 0), (4, 0), (5, -1), (7, 3), (100, 0), (2**31 - 1, 0), (2**40, -1)]
 
 
 @pytest.mark.parametrize("window_size", WINDOWS)
@@ -134,7 +134,10 @@ def test_wrong_ranks_and_windows():
     bounds = torch.tensor([0, 4], dtype=torch.int32)
     for call, message in (
         (lambda: flash_attn_func(q[0], k[0], v[0], causal=True), r"flash_attn_func: q: expected a tensor of 4 dimensions, got \[4, 2, 64\]"),
-        (lambda: flash_attn_func(q, k, v, causal=True, window_size=4), r"window_size: expected \(left, right\), got 4"),
+        (lambda: flash_attn_func(q, k, v, causal=True, window_size=4), r"window_size: expected \(left, right\), two integers, got 4"),
+        (lambda: flash_attn_func(q, k, v, causal=True, window_size=(None, 0)), r"two integers, got \(None, 0\)"),
+        (lambda: flash_attn_func(q, k, v, causal=True, window_size=(1.5, 0)), r"two integers, got \(1.5, 0\)"),
+        (lambda: flash_attn_func(q, k, v, causal=True, window_size=(4, 0, 0)), r"two integers, got \(4, 0, 0\)"),
         (lambda: flash_attn_varlen_func(q, k, v, bounds, bounds, 4, 4, causal=True), "flash_attn_varlen_func: q: expected a tensor of 3"),
         (lambda: flash_attn_varlen_func(q[0], k[0], v[0], bounds, None, 4, 4, causal=True), "cu_seqlens_k: expected a tensor of 1 .*, got None"),
     ):

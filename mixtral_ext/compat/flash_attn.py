@@ -11,6 +11,8 @@ Differences: the log-sum-exp of a query that sees no key is -inf (flash-attn 2: 
 always deterministic; there is no backward. Head dims, dtypes and devices are those of `sliding_window_attention`.
 """
 
+from numbers import Integral
+
 import torch
 
 import mixtral_ext
@@ -89,21 +91,21 @@ def flash_attn_varlen_func(
 
 def _window(function: str, causal: bool, window_size: tuple[int, int], queries: int) -> int | None:
     """flash-attn's window as ours: W keys including the query's own, None for all of them."""
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"{function}: window_size: expected (left, right), got {window_size!r}")
+    if not isinstance(window_size, (tuple, list)) or [isinstance(side, Integral) for side in window_size] != [True, True]:
+        raise ValueError(f"{function}: window_size: expected (left, right), two integers, got {window_size!r}")
     left, right = window_size
     if not causal and right != 0 and queries != 1:
         raise ValueError(
             f"{function}: causal: expected True (or window_size[1] == 0, or one query), "
             f"got causal={causal} with window_size={tuple(window_size)} and {queries} queries"
         )
-    return None if left < 0 else left + 1
+    return None if left < 0 or left >= 2**31 - 1 else left + 1  # no sequence is longer than that
 
 
 def _rank(function: str, ndim: int, **tensors) -> None:
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor) or value.ndim != ndim:
-            got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+            got = list(value.shape) if isinstance(value, torch.Tensor) else f"{value!r:.80}"
             raise ValueError(f"{function}: {name}: expected a tensor of {ndim} dimensions, got {got}")
 
 
