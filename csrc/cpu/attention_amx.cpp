@@ -1,7 +1,8 @@
 // attention_bf16.inc on AMX; all else (decode, f32, f16) is AVX-512's.
 //   tiles      0-3 C: 2 x 2 blocks of 16 x 16 f32     4-5 A: 16 keys x 32 d, or 16 d x 32 keys     6-7 B: 16 pairs x 16 rows
 //   a step of 32 x 32 sums and 32 products each: 4 tile loads, 4 tdpbf16ps
-//   of kTileKeys keys and 192 rows at D = 128: 6144 cycles of tdpbf16ps; about 1500 to transpose V, 768 vectors of exp2
+//   of kTileKeys keys and 192 rows at D = 128, by count, not measured: 6144 cycles of tdpbf16ps; about 1500 to transpose V,
+//   768 vectors of exp2
 #include <immintrin.h>
 
 #include <cmath>

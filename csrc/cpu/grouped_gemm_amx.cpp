@@ -7,7 +7,7 @@
 //   task         one expert x up to 128 weight rows x all tokens in chunks of 96, over kBlock of k at a time: the B panel of
 //                32 tokens (32 KB) stays in L1 while 128 weight rows pass. C waits in f32 scratch, 48 KB of stack
 //   a step of k  4 tdpbf16ps (64 cycles) on 4 tile loads: 2 KB of weights from L2, 2 KB of tokens from L1
-//   per kBlock   64 cycles * 16 and about 130 of storing and loading C
+//   per kBlock   64 cycles * 16 and about 130 of storing and loading C (by count, not measured)
 #include <immintrin.h>
 
 #include <cstring>

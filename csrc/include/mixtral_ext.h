@@ -9,8 +9,8 @@
  * Rules that hold for every op
  *   - No op allocates, synchronises, throws, starts a thread, or reads a device value on the host. On CUDA a call
  *     enqueues work on `stream` (a cudaStream_t passed as void *; NULL is the default stream) and can be captured in a
- *     graph and replayed with other values in the same arrays; the context's device must be the thread's current one. On the CPU `stream` is ignored and must be NULL, and the
- *     call returns when the result is complete.
+ *     graph and replayed with other values in the same arrays; the context's device must be the thread's current one.
+ *     On the CPU `stream` must be NULL, and the call returns when the result is complete.
  *   - What the host can see (dtype, rank, shape, stride, alignment, NULL, limits, workspace) is checked before anything
  *     is written; the first violation is returned and mixtral_last_error() names the argument, what was expected and
  *     what came.
@@ -230,7 +230,8 @@ MIXTRAL_API mixtral_status mixtral_moe_combine(const mixtral_context *context, c
 /* For every row r of expert e: out[r] = A(r) @ b[e]^T with A(r) = a[r], or a[a_rows[r] / a_rows_divisor] if a_rows is
  * given (so a_rows = sorted_slots with divisor K gathers tokens inside the product). Rows of out outside
  * [0, expert_offsets[E]) are not touched, and their a_rows are not read. CPU: expert_offsets must start at 0, not
- * decrease and end at R or less, and a_rows of rows in range must satisfy 0 <= a_rows[r] / a_rows_divisor < M. */
+ * decrease and end at R or less, and a_rows of rows in range must satisfy 0 <= a_rows[r] / a_rows_divisor < M. A row's bits
+ * do not depend on the other rows, but with AMX, which takes over from 9 rows of an expert on and adds in another order. */
 typedef struct mixtral_grouped_gemm_params {
   size_t struct_size;            /* sizeof(mixtral_grouped_gemm_params) */
   mixtral_tensor a;              /* [M, Kd] f32, bf16 or f16; any row stride */
@@ -351,7 +352,7 @@ typedef struct mixtral_rolling_attention_params {
   mixtral_tensor cu_seqlens_q;  /* [B+1] i32; first 0, not decreasing, last <= Tq */
   mixtral_tensor cache_lengths; /* [B] i32, 0 or more; cache_lengths[b] + n < 2^31 */
   mixtral_tensor cache_slots;   /* optional [B] i32: sequence b uses k_cache[cache_slots[b]]; default b; distinct, in [0, slots) */
-  int64_t max_seqlen_q;         /* no sequence has more new tokens than this; 0 = unknown (Tq is used) */
+  int64_t max_seqlen_q;         /* no sequence has more new tokens than this; 0 = unknown (Tq is used: more workspace) */
   int64_t max_cache_length;     /* no cache_lengths entry exceeds this; -1 = unknown */
   int64_t window;               /* 1 <= W <= C, or 0 for plain causal */
   double softmax_scale;         /* finite; 0 selects 1/sqrt(D) */
