@@ -1,0 +1,381 @@
+// cp.async (PTX ISA 9.7.9.25.3), and completion of whatever is in flight.
+#include "async.h"
+
+#include <cstring>
+
+#include "decode.h"
+#include "machine.h"
+
+namespace vgpu {
+
+void count_shared(Warp &warp, const Inst &in, const uint64_t *addresses, Mask lanes, unsigned bytes);
+
+namespace {
+
+struct GlobalSpan {
+  Cell *cells;
+  Shadow *shadow;
+};
+
+GlobalSpan global_cells(Launch &launch, uint64_t address) { return {launch.global->cells(address, launch.id), &launch.global->shadow()}; }
+
+Cell *shared_cells(Cta &cta, uint32_t offset) { return &cta.shared.cells[offset / 4]; }
+
+// Pieces may cross a page of shadow cells.
+template <class Body>
+void by_page(uint64_t address, uint32_t bytes, const Body &body) {
+  while (bytes) {
+    const uint32_t here = (uint32_t)std::min<uint64_t>(bytes, 4096 - (address & 4095));
+    body(address, here);
+    address += here;
+    bytes -= here;
+  }
+}
+
+void mark(Warp &w, Cta &cta, const Piece &p, uint32_t read, bool load, int change) {
+  Launch &launch = w.launch();
+  cta.shared.shadow.in_flight(shared_cells(cta, p.shared), p.shared, p.bytes, load, change);
+  by_page(p.global, read, [&](uint64_t at, uint32_t n) {
+    const GlobalSpan g = global_cells(launch, at);
+    g.shadow->in_flight(g.cells, at, n, !load, change);
+  });
+}
+
+// Writes of asynchronous copies that an mbarrier announces belong to the mbarrier's component of the block's clocks.
+Actor agent(Launch &launch, const Inst *inst, Cta &cta, const MBarrier &b, bool proxy) {
+  return {&launch, cta.warps[0].get(), inst, nullptr, nullptr, cta.index, (uint32_t)b.phase + 1, 1u << (b.agent % 32),
+          (uint8_t)(cta.warps.size() + (size_t)b.agent / 32), (uint8_t)(proxy ? kAsyncProxy : 0)};
+}
+
+void announce(Cta &cta, MBarrier &b) {
+  b.clock.set(cta.index, cta.components(), (uint32_t)(cta.warps.size() * 32 + (size_t)b.agent), (uint32_t)b.phase + 1);
+}
+
+void copy_in(Launch &launch, Cta &cta, const Piece &p, uint32_t read, const Actor &writer) {
+  uint8_t *to = &cta.shared.data[p.shared];
+  memset(to, 0, p.bytes);
+  cta.shared.shadow.record(shared_cells(cta, p.shared), p.shared, p.bytes, true, writer);
+  if (!read) return;
+  memcpy(to, (const void *)p.global, read);
+  by_page(p.global, read, [&](uint64_t at, uint32_t n) {
+    const GlobalSpan g = global_cells(launch, at);
+    if (g.shadow->valid(g.cells, at, n)) return;
+    for (uint32_t i = 0; i < n; ++i) {
+      const GlobalSpan byte = global_cells(launch, at + i);
+      if (byte.shadow->valid(byte.cells, at + i, 1)) continue;
+      const uint32_t offset = p.shared + (uint32_t)(at - p.global) + i;
+      cta.shared.shadow.set_valid(shared_cells(cta, offset), offset, 1, false);
+    }
+  });
+}
+
+void finish_copy(Warp &w, const CpAsync &c, const Actor &writer) {
+  mark(w, *w.cta, c.piece, c.read, true, -1);
+  copy_in(w.launch(), *w.cta, c.piece, c.read, writer);
+}
+
+// Completes the copies of a lane that `which` takes, in order, as the lane's own writes.
+template <class Which>
+void finish_copies(Warp &w, const Which &which) {
+  std::deque<CpAsync> &all = w.async.copies;
+  for (size_t i = 0; i < all.size();) {
+    if (all[i].arrive || !which(all[i])) {
+      ++i;
+      continue;
+    }
+    const CpAsync c = all[i];
+    all.erase(all.begin() + (long)i);
+    finish_copy(w, c, actor(w, c.lane, *c.inst));
+  }
+}
+
+// The arrival at index i of the queue: its lane's copies before it are complete then, and the mbarrier announces them.
+void finish_arrival(Warp &w, size_t i) {
+  std::deque<CpAsync> &all = w.async.copies;
+  const CpAsync arrival = all[i];
+  all.erase(all.begin() + (long)i);
+  Cta *cta;
+  MBarrier *b = find_mbarrier(w, arrival.lane, *arrival.inst, arrival.mbarrier, &cta);
+  if (!b) return;
+  for (size_t k = 0; k < i && k < all.size();) {
+    if (all[k].lane != arrival.lane || all[k].arrive) {
+      ++k;
+      continue;
+    }
+    const CpAsync c = all[k];
+    all.erase(all.begin() + (long)k);
+    --i;
+    finish_copy(w, c, agent(w.launch(), c.inst, *cta, *b, false));
+  }
+  announce(*cta, *b);
+  mbarrier_arrive(*cta, *b, 1, actor(w, arrival.lane, *arrival.inst));
+}
+
+// r: destination, source, [bytes read]. in.c: bytes; in.d, in.offset: destination; in.b: source is 64-bit; in.type2 kU32 if a
+// third operand; in.a: offset of the source.
+void cp_async(Warp &w, const Inst &in, Mask m) {
+  Launch &launch = w.launch();
+  Mask poison = w.unit_poison[in.r[0]] | w.unit_poison[in.r[1]];
+  if (in.type2 == Type::kU32) poison |= w.unit_poison[in.r[2]];
+  if (check_poison(w, in, poison & m, "the operands of a cp.async")) return;
+  uint64_t to[32] = {};
+  Mask done = 0;
+  for (Mask rest = m; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    CpAsync c{};
+    c.inst = &in;
+    c.lane = l;
+    c.group = w.async.committed[(size_t)l];
+    c.read = in.type2 == Type::kU32 ? w.at<uint32_t>(in.r[2])[l] : (uint32_t)in.c;
+    to[l] = w.address(in.r[0], l, in.d) + (uint64_t)in.offset;
+    c.piece.global = w.address(in.r[1], l, in.b) + (uint64_t)(int64_t)in.a;
+    c.piece.bytes = (uint32_t)in.c;
+    if (c.read > (uint32_t)in.c) {
+      launch.report("out-of-range", &w, l, &in, "reads " + std::to_string(c.read) + " bytes of a copy of " + std::to_string(in.c));
+      continue;
+    }
+    const Span shared = resolve(w, l, in, Space::kShared, to[l], (unsigned)in.c, (unsigned)in.c, true);
+    if (!shared.data) continue;
+    if (c.piece.global % (uint64_t)in.c) {
+      launch.report("misaligned", &w, l, &in, "copies " + std::to_string(in.c) + " bytes from a global address that is not a multiple of it");
+      continue;
+    }
+    const Actor who = actor(w, l, in);
+    if (c.read) {
+      const Span global = resolve(w, l, in, Space::kGlobal, c.piece.global, c.read, 1, false);
+      if (!global.data) continue;
+      global.shadow->touch(global.cells, c.piece.global, c.read, false, who);
+    }
+    c.piece.shared = (uint32_t)(to[l] - kSharedBase);
+    shared.shadow->probe(shared.cells, c.piece.shared, (unsigned)in.c, true, who);
+    mark(w, *w.cta, c.piece, c.read, true, 1);
+    w.async.copies.push_back(c);
+    done |= 1u << l;
+    launch.counters.async_load_bytes += c.read;
+  }
+  if (done) count_shared(w, in, to, done, (unsigned)in.c);
+}
+
+void commit(Warp &w, const Inst &, Mask m) {
+  for (; m; m &= m - 1) ++w.async.committed[(size_t)__builtin_ctz(m)];
+}
+
+// in.c: groups that may stay open, or -1: all copies complete
+void wait_group(Warp &w, const Inst &in, Mask m) {
+  finish_copies(w, [&](const CpAsync &c) {
+    if (!(m >> c.lane & 1)) return false;
+    return in.c < 0 || c.group + (uint64_t)in.c < w.async.committed[(size_t)c.lane];
+  });
+  ++w.launch().changes;
+}
+
+// cp.async.mbarrier.arrive (9.7.13.15.16): r: address. in.a: noinc
+void mbarrier_arrive_copies(Warp &w, const Inst &in, Mask m) {
+  for (Mask rest = m; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    CpAsync c{};
+    c.inst = &in;
+    c.lane = l;
+    c.arrive = true;
+    c.mbarrier = w.address(in.r[0], l, in.d) + (uint64_t)in.offset;
+    Cta *cta;
+    MBarrier *b = find_mbarrier(w, l, in, c.mbarrier, &cta);
+    if (!b) continue;
+    if (!in.a) ++b->pending;
+    w.async.copies.push_back(c);
+  }
+}
+
+}  // namespace
+
+void complete_load(Launch &launch, BulkCopy &copy) {
+  for (Cta *cta : copy.targets) {
+    const auto found = cta->barriers.mbarriers.find(copy.mbarrier);
+    if (found == cta->barriers.mbarriers.end()) {
+      launch.report("mbarrier", copy.warp, copy.lane, copy.inst, "the mbarrier of a copy is gone when the copy completes");
+      continue;
+    }
+    MBarrier &b = found->second;
+    for (const Piece &p : copy.pieces) {
+      cta->shared.shadow.in_flight(shared_cells(*cta, p.shared), p.shared, p.bytes, true, -1);
+      copy_in(launch, *cta, p, p.fill ? 0 : p.bytes, agent(launch, copy.inst, *cta, b, true));
+    }
+    announce(*cta, b);
+    mbarrier_transactions(*cta, b, -copy.bytes, agent(launch, copy.inst, *cta, b, true));
+  }
+  for (const Piece &p : copy.pieces)
+    if (!p.fill)
+      by_page(p.global, p.bytes, [&](uint64_t at, uint32_t n) {
+        const GlobalSpan g = global_cells(launch, at);
+        g.shadow->in_flight(g.cells, at, n, false, -1);
+      });
+}
+
+void free_source(Launch &launch, BulkCopy &copy) {
+  if (copy.source_free) return;
+  copy.source_free = true;
+  Cta &cta = *copy.targets[0];
+  const Actor reader = actor(*copy.warp, copy.lane, *copy.inst);
+  for (const Piece &p : copy.pieces) {
+    Shadow &shadow = cta.shared.shadow;
+    shadow.in_flight(shared_cells(cta, p.shared), p.shared, p.bytes, false, -1);
+    shadow.record(shared_cells(cta, p.shared), p.shared, p.bytes, false, reader);
+    for (uint32_t i = 0; i < p.bytes; ++i) {
+      copy.captured.push_back(cta.shared.data[p.shared + i]);
+      copy.captured_valid.push_back(shadow.valid(shared_cells(cta, p.shared + i), p.shared + i, 1));
+    }
+  }
+  ++launch.changes;
+}
+
+void complete_store(Launch &launch, BulkCopy &copy) {
+  free_source(launch, copy);
+  const Actor writer = actor(*copy.warp, copy.lane, *copy.inst);
+  size_t from = 0;
+  bool all_valid = true;
+  for (const Piece &p : copy.pieces) {
+    memcpy((void *)p.global, &copy.captured[from], p.bytes);
+    by_page(p.global, p.bytes, [&](uint64_t at, uint32_t n) {
+      const GlobalSpan g = global_cells(launch, at);
+      g.shadow->in_flight(g.cells, at, n, true, -1);
+      g.shadow->record(g.cells, at, n, true, writer);
+    });
+    for (uint32_t i = 0; i < p.bytes; ++i) all_valid &= copy.captured_valid[from + i];
+    from += p.bytes;
+  }
+  if (!all_valid) launch.report("uninitialised", copy.warp, copy.lane, copy.inst, "an undefined value reaches global memory: the copy read shared memory that was never written");
+  ++launch.changes;
+}
+
+bool complete_some(Launch &launch) {
+  struct Choice {
+    size_t bulk;
+    Warp *warp;
+    size_t index;
+  };
+  std::vector<Choice> choices;
+  for (size_t i = 0; i < launch.queue.bulk.size(); ++i) choices.push_back({i, nullptr, 0});
+  for (auto &c : launch.clusters)
+    for (auto &cta : c->ctas)
+      for (auto &warp : cta->warps)
+        for (size_t i = 0; i < warp->async.copies.size(); ++i) choices.push_back({0, warp.get(), i});
+  if (choices.empty()) return false;
+  const Choice c = choices[launch.random() % choices.size()];
+  ++launch.changes;
+  if (!c.warp) {
+    const std::unique_ptr<BulkCopy> copy = std::move(launch.queue.bulk[c.bulk]);
+    launch.queue.bulk.erase(launch.queue.bulk.begin() + (long)c.bulk);
+    if (!copy->store) {
+      complete_load(launch, *copy);
+    } else if (!copy->source_free && launch.chance(2)) {  // the two halves of a store complete apart
+      free_source(launch, *copy);
+      launch.queue.bulk.push_back(std::unique_ptr<BulkCopy>(new BulkCopy(*copy)));
+    } else {
+      complete_store(launch, *copy);
+    }
+    return true;
+  }
+  std::deque<CpAsync> &all = c.warp->async.copies;
+  if (all[c.index].arrive) {
+    finish_arrival(*c.warp, c.index);
+  } else {
+    const CpAsync copy = all[c.index];
+    all.erase(all.begin() + (long)c.index);
+    finish_copy(*c.warp, copy, actor(*c.warp, copy.lane, *copy.inst));
+  }
+  return true;
+}
+
+void report_in_flight(Launch &launch, const Actor &who, uint64_t address, bool global, bool write) {
+  const char *const verb = write ? "writes" : "reads";
+  const auto say = [&](const Inst *inst, const char *what) {
+    launch.report("in-flight", who.warp, __builtin_ctz(who.lanes), who.inst, std::string(verb) + (global ? " global" : " shared") + " address " +
+                  std::to_string(address) + ", which " + what + (inst ? " at " + launch.program->where(*inst) : "") + " has not finished with");
+  };
+  const auto covers = [&](const Piece &p) {
+    const uint64_t begin = global ? p.global : p.shared;
+    return address + 4 > begin && address < begin + p.bytes;
+  };
+  for (auto &c : launch.clusters)
+    for (auto &cta : c->ctas)
+      for (auto &warp : cta->warps) {
+        for (const CpAsync &copy : warp->async.copies)
+          if (!copy.arrive && covers(copy.piece)) return say(copy.inst, "the copy");
+        for (const WgmmaOp &op : warp->matrix.pending)
+          for (const Piece &p : op.reads)
+            if (!global && covers(p)) return say(op.inst, "the matrix product");
+      }
+  for (const auto &copy : launch.queue.bulk)
+    for (const Piece &p : copy->pieces)
+      if (covers(p)) return say(copy->inst, "the copy");
+  say(nullptr, "an asynchronous operation");
+}
+
+void async_at_exit(Warp &w) {
+  for (const CpAsync &c : w.async.copies)
+    if (!c.arrive) {
+      w.launch().report("in-flight", &w, c.lane, c.inst, "the warp ends, and nobody waited for this copy");
+      break;
+    }
+  finish_copies(w, [](const CpAsync &) { return true; });
+  w.async.copies.clear();
+  if (!w.matrix.pending.empty())
+    w.launch().report("in-flight", &w, 0, w.matrix.pending.front().inst, "the warp ends, and it did not wait for this matrix product");
+}
+
+void async_at_cta_exit(Cta &cta) {
+  Launch &launch = *cta.launch;
+  auto &all = launch.queue.bulk;
+  for (size_t i = 0; i < all.size();) {
+    BulkCopy &copy = *all[i];
+    bool mine = false;
+    for (const Cta *target : copy.targets) mine |= target == &cta;
+    if (!mine && copy.warp->cta != &cta) {
+      ++i;
+      continue;
+    }
+    if (mine && (!copy.store || !copy.source_free))
+      launch.report("in-flight", copy.warp, copy.lane, copy.inst, copy.store ? "the block ends while this copy still reads its shared memory"
+                                                                           : "the block ends while this copy still writes its shared memory");
+    copy.store ? complete_store(launch, copy) : complete_load(launch, copy);
+    all.erase(all.begin() + (long)i);
+  }
+}
+
+bool decode_async(Decoder &d, const Statement &s, Inst &in) {
+  if (s.parts[0] != "cp" || s.parts.at(1) != "async" || s.has("bulk")) return false;
+  in.klass = Class::kAsync;
+  if (s.has("commit_group")) {
+    in.exec = commit;
+    return true;
+  }
+  if (s.has("wait_group") || s.has("wait_all")) {
+    in.c = s.has("wait_all") ? -1 : (int)s.operands.at(0).immediate;
+    in.exec = wait_group;
+    return true;
+  }
+  if (s.has("mbarrier")) {
+    in.a = s.has("noinc");
+    d.address(s.operands.at(0), in);
+    in.exec = mbarrier_arrive_copies;
+    return true;
+  }
+  if (s.operands.size() < 3) return false;
+  Inst source;
+  d.address(s.operands[0], in);
+  d.address(s.operands[1], source);
+  in.b = source.d;
+  in.a = (int)source.offset;
+  in.c = (int)s.operands[2].immediate;
+  // A cache policy (64-bit) may follow; a predicate (ignore-src) is not covered.
+  const size_t extra = s.operands.size() - 3 - (s.has("L2::cache_hint") ? 1 : 0);
+  if (extra > 1 || s.operands[2].kind != Operand::kImmediate || (in.c != 4 && in.c != 8 && in.c != 16)) return false;
+  if (extra == 1) {
+    in.type2 = Type::kU32;
+    d.source(s.operands[3], Type::kU32);
+  }
+  in.exec = cp_async;
+  return true;
+}
+
+}  // namespace vgpu

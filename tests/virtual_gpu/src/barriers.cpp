@@ -1,0 +1,453 @@
+// bar, barrier, barrier.cluster, fences and mbarrier (PTX ISA 9.7.13).
+#include "barriers.h"
+
+#include "decode.h"
+#include "machine.h"
+
+namespace vgpu {
+namespace {
+
+int live_warps(const Cta &cta) { return cta.live; }
+
+void complete(Cta &cta, int id) {
+  NamedBarrier &b = cta.barriers.named[id];
+  const Ref<Clock> clock = b.clock.freeze(), fenced = b.fenced.empty() ? Ref<Clock>() : b.fenced.freeze();
+  const std::vector<Waiting> waiting = std::move(b.waiting);
+  const int true_lanes = b.true_lanes, all_lanes = b.all_lanes;
+  b = NamedBarrier();
+  for (const Waiting &w : waiting) {
+    acquire(*w.warp, w.lanes, clock, fenced);
+    if (w.inst->b >= 0) {  // bar.red
+      const Slot d = w.inst->r[0];
+      if (w.inst->b == 2) {
+        uint32_t v[32];
+        for (uint32_t &x : v) x = (uint32_t)true_lanes;
+        store_lanes(*w.warp, d, v, w.lanes, 0);
+      } else {
+        const bool all = w.inst->b == 0 ? true_lanes == all_lanes : true_lanes > 0;
+        w.warp->predicates[d] = (w.warp->predicates[d] & ~w.lanes) | (all ? w.lanes : 0);
+        w.warp->predicate_poison[d] &= ~w.lanes;
+      }
+    }
+    make_ready(*w.warp, w.lanes, WaitFor::kBarrier);
+  }
+}
+
+void check_complete(Cta &cta, int id) {
+  NamedBarrier &b = cta.barriers.named[id];
+  if (b.expected < 0) return;
+  const int expected = b.expected ? b.expected : live_warps(cta) * 32;
+  if (b.arrived > expected)
+    cta.launch->report("barrier", b.first_warp, 0, b.first, "barrier " + std::to_string(id) + " expects " + std::to_string(expected) +
+                       " threads, and " + std::to_string(b.arrived) + " arrived");
+  if (b.arrived >= expected) complete(cta, id);
+}
+
+// in.a: 0 sync, 1 arrive; in.b: -1, or the reduction 0 and, 1 or, 2 popc; in.c: aligned; in.d: 1 if a thread count is given.
+// r: [d of a reduction], barrier, [threads], [p of a reduction].
+Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
+  Cta &cta = *w.cta;
+  const int first = __builtin_ctz(f.mask);
+  const Slot *r = in.r + (in.b >= 0);
+  check_poison(w, in, w.unit_poison[r[0]] & f.mask, "a barrier number");
+  const uint32_t id = w.at<uint32_t>(r[0])[first], threads = in.d ? w.at<uint32_t>(r[1])[first] : 0;
+  const Mask required = ~w.exited;
+  std::vector<Fragment *> all;
+  // .aligned: all threads of the warp are at this very instruction.
+  const uint32_t key = in.c ? 0x10000000u + f.pc : 0x20000000u + id;
+  if (!gather(w, f, in, required, key, all)) return Flow::kWait;
+  if (id > 15 || (in.d && (threads == 0 || threads % 32 || threads > 1024))) {
+    w.launch().report("barrier", &w, first, &in, "expected a barrier from 0 to 15 and a thread count that is a multiple of 32 up to 1024, got barrier " +
+                      std::to_string(id) + " for " + std::to_string(threads) + " threads");
+    w.launch().stop = true;
+    return Flow::kJumped;
+  }
+  NamedBarrier &b = cta.barriers.named[id];
+  if (b.expected >= 0 && b.expected != (int)threads)
+    w.launch().report("barrier", &w, first, &in, "barrier " + std::to_string(id) + " expects " + std::to_string(b.expected) + " threads since " +
+                      w.launch().program->where(*b.first) + ", this arrival says " + std::to_string(threads));
+  for (const Waiting &waiting : b.waiting)
+    if (waiting.warp == &w)
+      w.launch().report("barrier", &w, first, &in, "this warp already waits at barrier " + std::to_string(id));
+  if (b.expected < 0) {
+    b.first = &in;
+    b.first_warp = &w;
+  }
+  b.expected = (int)threads;
+  b.arrived += 32;
+  if (in.b >= 0) {
+    const Slot p = r[1 + in.d];
+    const Mask v = (p & kNegated ? ~w.predicates[p & ~kNegated] : w.predicates[p]) & required;
+    b.true_lanes += __builtin_popcount(v);
+    b.all_lanes += __builtin_popcount(required);
+  }
+  release(w, required, b.clock, b.fenced);
+  ++w.launch().changes;
+  if (in.a == 1) {
+    for (Fragment *part : all)
+      if (part != &f) jump(w, *part, part->pc + 1);
+    check_complete(cta, (int)id);
+    return Flow::kNext;
+  }
+  for (Fragment *part : all) {
+    part->state = Fragment::kWaiting;
+    part->wait = WaitFor();
+    part->wait.kind = WaitFor::kBarrier;
+  }
+  b.waiting.push_back({&w, required, &in});
+  check_complete(cta, (int)id);
+  return Flow::kJumped;
+}
+
+// in.a: 0 cta, 1 gpu or wider (cluster counts as such); 2 proxy.async and mbarrier_init; 3 nothing to model.
+// A fence publishes what its thread did and saw, and makes what its relaxed reads saw happen before what follows (9.7.13.4).
+void fence(Warp &w, const Inst &in, Mask m) {
+  if (in.a == 3) return;
+  for (Mask rest = m; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    Lane &lane = w.lanes[(size_t)l];
+    ClockBuilder clock;
+    clock.join(lane.clock);
+    if (in.a != 2) {
+      clock.join(lane.pending);
+      lane.pending = Ref<Clock>();
+      lane.clock = clock.empty() ? lane.clock : clock.freeze();
+    }
+    clock.set(w.cta->index, w.cta->components(), (uint32_t)(w.index * 32 + l), w.epoch);
+    const Ref<Clock> now = clock.freeze();
+    if (in.a == 2) lane.fenced = now;
+    if (in.a == 1) lane.released = now;
+    if (in.a <= 1) lane.released_cta = now;
+  }
+  ++w.epoch;
+}
+
+// --------------------------------------------------------------------------------------------------------- mbarrier
+
+void settle(Cta &cta, MBarrier &b) {
+  if (b.pending != 0 || b.transactions != 0) return;
+  ++b.phase;
+  b.pending = b.count;
+  if (b.had_transactions) b.waited = false;
+  b.had_transactions = false;
+  if (!b.clock.empty()) b.completed = b.clock.freeze();
+  if (!b.fenced.empty()) b.completed_fenced = b.fenced.freeze();
+  ++cta.launch->changes;
+}
+
+}  // namespace
+
+MBarrier *find_mbarrier(Warp &w, int lane, const Inst &in, uint64_t address, Cta **cta, bool async) {
+  Launch &launch = w.launch();
+  const Span span = resolve(w, lane, in, Space::kSharedCluster, address, 8, 8, false);
+  if (!span.data) return nullptr;
+  const uint32_t rank = (uint32_t)(address >> kClusterShift) & 0xff;
+  *cta = rank ? w.cta->cluster->ctas[rank - 1].get() : w.cta;
+  const uint32_t own = (uint32_t)address & ((1u << kClusterShift) - 1);
+  const auto found = (*cta)->barriers.mbarriers.find(own);
+  if (found == (*cta)->barriers.mbarriers.end()) {
+    launch.report("mbarrier", &w, lane, &in, "there is no initialised mbarrier at shared address " + std::to_string(own - kSharedBase));
+    return nullptr;
+  }
+  MBarrier &b = found->second;
+  const Actor who = actor(w, lane, in);
+  if (!happened_before(b.initialised, who.clock, who))
+    launch.report("race", &w, lane, &in, "uses the mbarrier at shared address " + std::to_string(own - kSharedBase) + " that " +
+                  launch.who(b.initialised) + " initialised, without a barrier between them");
+  const Access &written = span.cells->write;
+  if (written.statement != b.initialised.statement || written.epoch != b.initialised.epoch || written.cta != b.initialised.cta)
+    launch.report("mbarrier", &w, lane, &in, "the mbarrier at shared address " + std::to_string(own - kSharedBase) + " was overwritten by " + launch.who(written));
+  const Lane &l = w.lanes[(size_t)lane];
+  const Chunk *chunk = l.fenced ? l.fenced->find(b.initialised.cta) : nullptr;
+  if (async && (!chunk || chunk->epoch[b.initialised.warp * 32u + (uint32_t)__builtin_ctz(b.initialised.lanes)] < b.initialised.epoch))
+    launch.report("proxy", &w, lane, &in, "an asynchronous copy signals an mbarrier that " + launch.who(b.initialised) +
+                  " initialised without fence.mbarrier_init or fence.proxy.async after it");
+  return &b;
+}
+
+void mbarrier_arrive(Cta &cta, MBarrier &b, uint32_t count, const Actor &who) {
+  if (count > (uint64_t)b.pending) {
+    cta.launch->report("mbarrier", who.warp, __builtin_ctz(who.lanes), who.inst, "this arrival of " + std::to_string(count) + " is more than the " +
+                       std::to_string(b.pending) + " of " + std::to_string(b.count) + " that the mbarrier's phase " + std::to_string(b.phase) + " still expects");
+    cta.launch->stop = true;
+    return;
+  }
+  b.pending -= count;
+  ++cta.launch->changes;
+  settle(cta, b);
+}
+
+void mbarrier_transactions(Cta &cta, MBarrier &b, int64_t bytes, const Actor &who) {
+  b.transactions += bytes;
+  b.had_transactions = true;
+  if (b.transactions >= 1 << 20 || b.transactions <= -(1 << 20))
+    cta.launch->report("mbarrier", who.warp, __builtin_ctz(who.lanes), who.inst, "the mbarrier's transaction count leaves its range: " + std::to_string(b.transactions));
+  ++cta.launch->changes;
+  if (bytes < 0) settle(cta, b);
+}
+
+namespace {
+
+// in.a: 0 init, 1 inval; r: address, count
+Flow mbarrier_object(Warp &w, Fragment &f, const Inst &in) {
+  Launch &launch = w.launch();
+  for (Mask m = f.mask; m; m &= m - 1) {
+    const int l = __builtin_ctz(m);
+    check_poison(w, in, w.unit_poison[in.r[0]] & 1u << l, "the address of an mbarrier");
+    uint64_t address = w.address(in.r[0], l, in.d) + (uint64_t)in.offset;
+    if (address >> 56) address &= ~kSharedWindow;
+    const Span span = resolve(w, l, in, Space::kShared, address, 8, 8, true);
+    if (!span.data) return Flow::kNext;
+    span.shadow->touch(span.cells, address - kSharedBase, 8, true, actor(w, l, in));
+    auto &all = w.cta->barriers.mbarriers;
+    if (in.a == 1) {
+      if (!all.erase((uint32_t)address)) launch.report("mbarrier", &w, l, &in, "there is no mbarrier to invalidate here");
+      continue;
+    }
+    const uint32_t count = w.at<uint32_t>(in.r[1])[l];
+    if (count < 1 || count >= 1 << 20) launch.report("mbarrier", &w, l, &in, "expected a count from 1 to 2^20 - 1, got " + std::to_string(count));
+    if (all.count((uint32_t)address)) launch.report("mbarrier", &w, l, &in, "an mbarrier lives here already: mbarrier.inval comes before another init");
+    MBarrier &b = all[(uint32_t)address];
+    b = MBarrier();
+    b.count = count;
+    b.pending = count;
+    b.agent = w.cta->barriers.agents++;
+    b.initialised = span.cells->write;
+    if (b.agent >= kAgents) {
+      launch.report("uncovered", &w, l, &in, "more than " + std::to_string(kAgents) + " mbarriers in a block");
+      launch.stop = true;
+      return Flow::kJumped;
+    }
+  }
+  return Flow::kNext;
+}
+
+// in.a: 0 arrive, 1 arrive.expect_tx, 2 expect_tx, 3 complete_tx; in.b: relaxed; in.c: operand of count or bytes, or -1;
+// r: state (kNoSlot if none), address, [count or bytes]
+Flow mbarrier_signal(Warp &w, Fragment &f, const Inst &in) {
+  uint64_t states[32] = {};
+  const Mask lanes = f.mask;
+  for (Mask m = lanes; m; m &= m - 1) {
+    const int l = __builtin_ctz(m);
+    check_poison(w, in, w.unit_poison[in.r[1]] & 1u << l, "the address of an mbarrier");
+    uint64_t address = w.address(in.r[1], l, in.d) + (uint64_t)in.offset;
+    if (address >> 56) address &= ~kSharedWindow;
+    const uint32_t value = in.c >= 0 ? w.at<uint32_t>(in.r[in.c])[l] : 1;
+    Cta *cta;
+    MBarrier *b = find_mbarrier(w, l, in, address, &cta);
+    if (!b) {
+      w.launch().stop = true;
+      return Flow::kJumped;
+    }
+    states[l] = b->phase;
+    const Actor who = actor(w, l, in);
+    b->last = &in;
+    if (in.a == 1 || in.a == 2) mbarrier_transactions(*cta, *b, value, who);
+    if (in.a == 3) mbarrier_transactions(*cta, *b, -(int64_t)value, who);
+    if (in.a <= 1) {
+      if (!in.b) release(w, 1u << l, b->clock, b->fenced);
+      mbarrier_arrive(*cta, *b, in.a == 1 ? 1 : value, who);
+    }
+  }
+  store_lanes(w, in.r[0], states, lanes, 0);
+  return Flow::kNext;
+}
+
+// r: p, address, state or parity; in.a: parity; in.b: relaxed
+Flow mbarrier_wait(Warp &w, Fragment &f, const Inst &in) {
+  Mask passed = 0;
+  for (Mask m = f.mask; m; m &= m - 1) {
+    const int l = __builtin_ctz(m);
+    check_poison(w, in, (w.unit_poison[in.r[1]] | w.unit_poison[in.r[2]]) & 1u << l, "an mbarrier wait");
+    uint64_t address = w.address(in.r[1], l, in.d) + (uint64_t)in.offset;
+    if (address >> 56) address &= ~kSharedWindow;
+    Cta *cta;
+    MBarrier *b = find_mbarrier(w, l, in, address, &cta);
+    if (!b) {
+      w.launch().stop = true;
+      return Flow::kJumped;
+    }
+    const bool done = in.a ? (b->phase & 1) != (w.at<uint32_t>(in.r[2])[l] & 1) : b->phase > w.at<uint64_t>(in.r[2])[l];
+    if (!done) continue;
+    passed |= 1u << l;
+    b->waited = true;
+    if (!in.b) acquire(w, 1u << l, b->completed, b->completed_fenced);
+  }
+  w.predicates[in.r[0]] = (w.predicates[in.r[0]] & ~f.mask) | passed;
+  w.predicate_poison[in.r[0]] &= ~f.mask;
+  return passed == f.mask ? Flow::kNext : Flow::kPoll;
+}
+
+// ---------------------------------------------------------------------------------------------------------- cluster
+
+int cluster_threads(const Cluster &cluster) {
+  int threads = 0;
+  for (const auto &cta : cluster.ctas)
+    for (const auto &warp : cta->warps) threads += __builtin_popcount(~warp->exited);
+  return threads;
+}
+
+void check_complete(Cluster &cluster) {
+  ClusterBarrier &b = cluster.barrier;
+  if (b.arrived == 0 || b.arrived < cluster_threads(cluster)) return;
+  b.arrived = 0;
+  ++b.phase;
+  if (!b.clock.empty()) b.completed = b.clock.freeze();
+  if (!b.fenced.empty()) b.completed_fenced = b.fenced.freeze();
+  const std::vector<Waiting> waiting = std::move(b.waiting);
+  b.waiting.clear();
+  for (const Waiting &w : waiting) {
+    acquire(*w.warp, w.lanes, b.completed, b.completed_fenced);
+    make_ready(*w.warp, w.lanes, WaitFor::kClusterBarrier);
+  }
+}
+
+// in.a: 0 arrive, 1 wait; in.b: relaxed; in.c: aligned
+Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
+  Cluster &cluster = *w.cta->cluster;
+  ClusterBarrier &b = cluster.barrier;
+  std::vector<Fragment *> all{&f};
+  if (in.c && !gather(w, f, in, ~w.exited, 0x30000000u + f.pc, all)) return Flow::kWait;
+  Mask lanes = 0;
+  for (const Fragment *part : all) lanes |= part->mask;
+  if (in.a == 0) {
+    for (Mask m = lanes; m; m &= m - 1) {
+      uint64_t &mine = w.cluster_phase[(size_t)__builtin_ctz(m)];
+      if (mine == b.phase + 1) w.launch().report("barrier", &w, __builtin_ctz(m), &in, "arrives twice at the cluster barrier without a wait between");
+      mine = b.phase + 1;  // waits for the end of this phase
+    }
+    b.arrived += __builtin_popcount(lanes);
+    if (!in.b) release(w, lanes, b.clock, b.fenced);
+    ++w.launch().changes;
+    for (Fragment *part : all)
+      if (part != &f) jump(w, *part, part->pc + 1);
+    check_complete(cluster);
+    return Flow::kNext;
+  }
+  const uint64_t phase = w.cluster_phase[(size_t)__builtin_ctz(lanes)];
+  if (phase == 0) w.launch().report("barrier", &w, __builtin_ctz(lanes), &in, "waits at the cluster barrier without an arrival");
+  if (b.phase >= phase) {
+    acquire(w, lanes, b.completed, b.completed_fenced);
+    for (Fragment *part : all)
+      if (part != &f) jump(w, *part, part->pc + 1);
+    return Flow::kNext;
+  }
+  for (Fragment *part : all) {
+    part->state = Fragment::kWaiting;
+    part->wait = WaitFor();
+    part->wait.kind = WaitFor::kClusterBarrier;
+  }
+  b.waiting.push_back({&w, lanes, &in});
+  return Flow::kJumped;
+}
+
+Flow nothing(Warp &, Fragment &, const Inst &) { return Flow::kNext; }
+Flow pause(Warp &, Fragment &, const Inst &) { return Flow::kPoll; }
+
+}  // namespace
+
+void barriers_after_exit(Warp &warp) {
+  Cta &cta = *warp.cta;
+  for (Fragment &f : warp.fragments)  // collectives look again: exited lanes are no longer required
+    if (f.mask && f.state == Fragment::kWaiting && f.wait.kind == WaitFor::kCollective) f.state = Fragment::kReady;
+  if (warp.exited != kAllLanes) return;
+  for (int id = 0; id < 16; ++id)
+    if (cta.barriers.named[id].expected == 0) check_complete(cta, id);
+  check_complete(*cta.cluster);
+}
+
+void check_barriers_at_exit(Cta &cta) {
+  Launch &launch = *cta.launch;
+  for (int id = 0; id < 16; ++id) {
+    const NamedBarrier &b = cta.barriers.named[id];
+    if (b.expected >= 0 && b.arrived > 0)
+      launch.report("barrier", b.first_warp, 0, b.first, "the block ends while barrier " + std::to_string(id) + " has " + std::to_string(b.arrived) +
+                    " of " + std::to_string(b.expected) + " threads");
+  }
+  for (const auto &[address, b] : cta.barriers.mbarriers)
+    if (b.transactions || !b.waited)
+      launch.report("mbarrier", cta.warps[0].get(), 0, b.last, "the block ends, and nobody waited for the transactions of the mbarrier at shared address " +
+                    std::to_string(address - kSharedBase));
+}
+
+// --------------------------------------------------------------------------------------------------------- decoding
+
+bool decode_barrier(Decoder &d, const Statement &s, Inst &in) {
+  const std::string &op = s.parts[0];
+  in.klass = Class::kBarrier;
+  if (op == "membar" || op == "fence") {
+    in.klass = Class::kAtomic;
+    const bool proxy = s.has("proxy");
+    if (proxy && (s.has("tensormap::generic") || s.has("alias") || s.parts.back().rfind("async::generic", 0) == 0)) return false;
+    in.a = proxy || s.has("mbarrier_init") ? 2 : s.has("cta") ? 0 : 1;
+    if (proxy && s.parts.back() == "async::global") return false;
+    in.exec = fence;
+    return true;
+  }
+  if (op == "nanosleep" || op == "griddepcontrol" || op == "setmaxnreg") {
+    in.klass = Class::kControl;
+    if (op == "setmaxnreg") {
+      const int64_t n = s.operands.at(0).immediate;
+      if (n < 24 || n > 256 || n % 8) return false;
+    }
+    in.control = op == "nanosleep" ? pause : nothing;
+    return true;
+  }
+  if ((op == "bar" || op == "barrier") && s.has("cluster")) {
+    in.a = s.has("wait");
+    if (!in.a && !s.has("arrive")) return false;
+    in.b = s.has("relaxed");
+    in.c = s.has("aligned");
+    in.control = cluster_barrier;
+    return true;
+  }
+  if ((op == "bar" || op == "barrier") && !s.has("warp")) {
+    in.a = s.has("arrive");
+    in.b = s.has("red") ? (s.has("and") ? 0 : s.has("or") ? 1 : 2) : -1;
+    in.c = op == "bar" || s.has("aligned");
+    size_t i = 0;
+    if (in.b >= 0) d.destination(s.operands.at(i++));
+    const size_t left = s.operands.size() - i - (in.b >= 0 ? 1 : 0);
+    if (left < 1 || left > 2) return false;
+    d.source(s.operands[i++], Type::kB32);
+    in.d = left == 2;
+    if (in.d) d.source(s.operands[i++], Type::kB32);
+    if (in.b >= 0) d.predicate(s.operands[i]);
+    in.control = named_barrier;
+    return true;
+  }
+  if (op != "mbarrier") return false;
+  if (s.has("noComplete")) return false;
+  in.b = s.has("relaxed");
+  if (s.has("init") || s.has("inval")) {
+    in.a = s.has("inval");
+    d.address(s.operands.at(0), in);
+    if (!in.a) d.source(s.operands.at(1), Type::kB32);
+    in.control = mbarrier_object;
+  } else if (s.has("test_wait") || s.has("try_wait")) {
+    in.a = s.has("parity");
+    d.destination(s.operands.at(0));
+    if (s.operands[0].kind != Operand::kRegister) return false;
+    d.address(s.operands.at(1), in);
+    d.source(s.operands.at(2), in.a ? Type::kB32 : Type::kB64);
+    in.control = mbarrier_wait;
+  } else if (s.has("arrive") || s.has("expect_tx") || s.has("complete_tx")) {
+    in.a = s.has("arrive") ? s.has("expect_tx") : s.has("expect_tx") ? 2 : 3;
+    size_t i = 0;
+    if (s.operands.at(0).kind == Operand::kAddress) {
+      d.destination(Operand());
+    } else {
+      d.destination(s.operands[i++]);
+    }
+    d.address(s.operands.at(i++), in);
+    in.c = i < s.operands.size() ? 2 : -1;
+    if (in.c >= 0) d.source(s.operands[i], Type::kB32);
+    if (in.a && in.c < 0) return false;
+    in.control = mbarrier_signal;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace vgpu

@@ -1,0 +1,73 @@
+// Vector clocks for happens-before, one component a thread. A clock is immutable and shared: the lanes of a warp, and the
+// whole block after a barrier, hold the same one. It is stored in chunks, one a block, so that knowledge of other blocks
+// costs nothing until there is some.
+//
+// Thread t's access at epoch e happened before whoever holds a clock with clock[t] >= e. A thread's own accesses always
+// did. Besides its threads, a block has kAgents components for asynchronous copies, one per mbarrier they complete on.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace vgpu {
+
+template <class T>
+class Ref {  // a counted reference; T has `int refs`. One thread only.
+ public:
+  Ref() = default;
+  explicit Ref(T *p) : p_(p) { if (p_) ++p_->refs; }
+  Ref(const Ref &o) : Ref(o.p_) {}
+  Ref(Ref &&o) noexcept : p_(std::exchange(o.p_, nullptr)) {}
+  Ref &operator=(Ref o) noexcept { std::swap(p_, o.p_); return *this; }
+  ~Ref() { if (p_ && --p_->refs == 0) delete p_; }
+  T *get() const { return p_; }
+  T *operator->() const { return p_; }
+  T &operator*() const { return *p_; }
+  explicit operator bool() const { return p_; }
+  bool operator==(const Ref &o) const { return p_ == o.p_; }
+
+ private:
+  T *p_ = nullptr;
+};
+
+constexpr int kAgents = 64;
+
+struct Chunk {
+  int refs = 0;
+  uint32_t cta;
+  std::vector<uint32_t> epoch;  // warp * 32 + lane, then the agents
+};
+
+struct Clock {
+  int refs = 0;
+  std::vector<Ref<Chunk>> chunks;  // in order of cta
+
+  const Chunk *find(uint32_t cta) const {
+    if (chunks.size() == 1) return chunks[0]->cta == cta ? chunks[0].get() : nullptr;
+    size_t low = 0, high = chunks.size();
+    while (low < high) {
+      const size_t mid = (low + high) / 2;
+      (chunks[mid]->cta < cta ? low : high) = chunks[mid]->cta < cta ? mid + 1 : mid;
+    }
+    return low < chunks.size() && chunks[low]->cta == cta ? chunks[low].get() : nullptr;
+  }
+};
+
+// Joins clocks and single components into a new clock.
+class ClockBuilder {
+ public:
+  void join(const Ref<Clock> &clock);
+  void set(uint32_t cta, uint32_t components, uint32_t index, uint32_t epoch);  // raises a component
+  Ref<Clock> freeze();  // what was joined so far; the builder goes on from it
+  bool empty() const { return !frozen_ && chunks_.empty(); }
+  void clear();
+
+ private:
+  Ref<Chunk> &mine(uint32_t cta, uint32_t components);
+
+  std::vector<Ref<Chunk>> chunks_;
+  Ref<Clock> frozen_, last_;
+};
+
+}  // namespace vgpu

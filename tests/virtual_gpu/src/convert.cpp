@@ -1,0 +1,325 @@
+// Conversions and moves (PTX ISA 9.0, section 9.7.9 "Data Movement and Conversion Instructions": cvt, mov).
+#include "lanes.h"
+
+namespace vgpu {
+namespace {
+
+// ------------------------------------------------------------------------------------------------------------------ cvt
+// In two steps, so that there is one loop a source and one a destination type: lanes to int64_t (u64 as its bits) or double,
+// and from there on. in.type, in.type2: to, from. in.a: modifiers. in.b: rounding mode. in.c: flags below.
+
+constexpr int kIntegral = 16;                        // with the modifiers: .rni .rzi .rmi .rpi, rounding to an integral value
+enum Width : int { kWideFrom = 1, kWideTo = 2, kNarrowTo = 4 };  // registers; without: 32 bits
+
+// f(Tag<T>()) for the C++ type of a PTX type.
+template <class F>
+void with_integer(Type t, F f) {
+  switch (t) {
+    case Type::kU8: return f(Tag<uint8_t>());
+    case Type::kS8: return f(Tag<int8_t>());
+    case Type::kU16: return f(Tag<uint16_t>());
+    case Type::kS16: return f(Tag<int16_t>());
+    case Type::kU32: return f(Tag<uint32_t>());
+    case Type::kS32: return f(Tag<int32_t>());
+    case Type::kU64: return f(Tag<uint64_t>());
+    default: return f(Tag<int64_t>());
+  }
+}
+template <class F>
+void with_real(Type t, F f) {
+  switch (t) {
+    case Type::kF16: return f(Tag<F16>());
+    case Type::kBF16: return f(Tag<BF16>());
+    case Type::kF32: return f(Tag<float>());
+    default: return f(Tag<double>());
+  }
+}
+
+bool is_integer(Type t) { return t >= Type::kU8 && t <= Type::kS64; }
+bool is_real(Type t) { return t == Type::kF16 || t == Type::kBF16 || t == Type::kF32 || t == Type::kF64; }
+
+// Chops a register that is wider than its type. (9.4.1 "Operand Size Exceeding Instruction-Type Size")
+template <class T>
+void load_integers(Warp &w, const Inst &in, int64_t *x) {
+  const auto load = [&](const auto *from) {
+    for (int l = 0; l < 32; ++l) x[l] = (int64_t)(T)from[l];
+  };
+  in.c & kWideFrom ? load(w.at<uint64_t>(in.r[1])) : load(w.at<uint32_t>(in.r[1]));
+}
+
+// And extends to one by the sign of the type.
+void store_integers(Warp &w, const Inst &in, const int64_t *x, Mask m) {
+  uint64_t wide[32];
+  uint32_t word[32];
+  const Mask poison = w.unit_poison[in.r[1]];
+  with_integer(in.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int l = 0; l < 32; ++l) wide[l] = (uint64_t)(T)x[l];
+  });
+  if (in.c & kWideTo) return store_lanes(w, in.r[0], wide, m, poison);
+  const uint32_t kept = in.c & kNarrowTo ? 0xffff : ~0u;
+  for (int l = 0; l < 32; ++l) word[l] = (uint32_t)wide[l] & kept;
+  store_lanes(w, in.r[0], word, m, poison);
+}
+
+void cvt_integers(Warp &w, const Inst &in, Mask m) {
+  int64_t x[32];
+  with_integer(in.type2, [&](auto tag) { load_integers<typename decltype(tag)::type>(w, in, x); });
+  if (in.a & kSat)  // to the range of the destination
+    with_integer(in.type, [&](auto tag) {
+      using Limits = std::numeric_limits<typename decltype(tag)::type>;
+      constexpr int64_t kMost = Limits::digits > 63 ? std::numeric_limits<int64_t>::max() : (int64_t)Limits::max();
+      for (int l = 0; l < 32; ++l) {
+        if (in.type2 == Type::kU64)
+          x[l] = (int64_t)std::min<uint64_t>((uint64_t)x[l], (uint64_t)Limits::max());
+        else
+          x[l] = std::clamp<int64_t>(x[l], (int64_t)Limits::min(), kMost);
+      }
+    });
+  store_integers(w, in, x, m);
+}
+
+// Integers of 64 bits that no double has are rounded to odd, unless a double is what is wanted.
+void load_reals(Warp &w, const Inst &in, double *x) {
+  if (is_integer(in.type2)) {
+    int64_t n[32];
+    with_integer(in.type2, [&](auto tag) { load_integers<typename decltype(tag)::type>(w, in, n); });
+    for (int l = 0; l < 32; ++l) {
+      const double high = in.type2 == Type::kU64 ? (double)(uint32_t)(n[l] >> 32) : (double)(int32_t)(n[l] >> 32);
+      const double low = (double)(uint32_t)n[l];
+      x[l] = in.type == Type::kF64 ? high * 0x1p32 + low : odd_sum(high * 0x1p32, low);
+    }
+    return;
+  }
+  with_real(in.type2, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto *from = w.at<Lane32or64<T>>(in.r[1]);
+    const bool ftz = std::is_same_v<T, float> && (in.a & kFtz);  // .ftz is about single precision only
+    for (int l = 0; l < 32; ++l) x[l] = flush<T>(widen(from_lane<T>(from[l])), ftz);
+  });
+}
+
+double integral(double x, int mode) {
+  return mode == kNearest ? std::rint(x) : mode == kZero ? std::trunc(x) : mode == kDown ? std::floor(x) : std::ceil(x);
+}
+
+// "In float-to-integer conversions, NaN input results in: zero if source is not .f64 and destination is not .s64, .u64;
+// otherwise 1 << (BitWidth(dst) - 1)." Others are clamped to the range of the destination. (9.7.9 cvt)
+void cvt_to_integer(Warp &w, const Inst &in, Mask m) {
+  double x[32];
+  int64_t to[32];
+  load_reals(w, in, x);
+  with_integer(in.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Limits = std::numeric_limits<T>;
+    constexpr double kBeyond = power(Limits::digits), kLeast = (double)Limits::min();
+    const T nan = in.type2 == Type::kF64 || sizeof(T) == 8 ? (T)(1ull << (8 * sizeof(T) - 1)) : T(0);
+    for (int l = 0; l < 32; ++l) {
+      const double r = integral(x[l], in.b);
+      to[l] = (int64_t)(r >= kBeyond ? Limits::max() : r <= kLeast ? Limits::min() : r == r ? (T)r : nan);
+    }
+  });
+  store_integers(w, in, to, m);
+}
+
+void cvt_to_real(Warp &w, const Inst &in, Mask m) {
+  double x[32];
+  load_reals(w, in, x);
+  const int modifiers = in.type == Type::kF32 ? in.a : in.a & ~kFtz;
+  int mode = in.b;
+  if (in.a & kIntegral) {
+    for (double &v : x) v = integral(v, mode);
+    mode = kNearest;
+  }
+  with_real(in.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    Lane32or64<T> to[32];
+    for (int l = 0; l < 32; ++l) {
+      if constexpr (std::is_same_v<T, double>)
+        to[l] = to_lane(clamp_result(x[l], modifiers));
+      else
+        to[l] = to_lane(result<T>(x[l], modifiers, mode));
+    }
+    store_lanes(w, in.r[0], to, m, w.unit_poison[in.r[1]]);
+  });
+}
+
+// .f16x2 and .bf16x2 of two f32: the first becomes the upper half. And one value alone.
+template <class T, int kCount>
+void cvt_single(Warp &w, const Inst &in, Mask m) {
+  uint32_t to[32];
+  Mask poison = 0;
+  for (int i = 0; i < kCount; ++i) {
+    const uint32_t *from = w.at<uint32_t>(in.r[1 + i]);
+    const bool ftz = in.a & kFtz;
+    for (int l = 0; l < 32; ++l) {
+      const uint32_t r = result<T>((double)flush<float>(from_lane<float>(from[l]), ftz), in.a & ~kFtz, in.b).bits;
+      to[l] = i ? to[l] << 16 | r : r;
+    }
+    poison |= w.unit_poison[in.r[1 + i]];
+  }
+  store_lanes(w, in.r[0], to, m, poison);
+}
+
+// .tf32: the low 13 bits, which the ISA leaves open, are 0. .rna rounds ties away from zero.
+void cvt_tf32(Warp &w, const Inst &in, Mask m) {
+  const uint32_t *from = w.at<uint32_t>(in.r[1]);
+  uint32_t to[32];
+  for (int l = 0; l < 32; ++l) {
+    const float x = from_lane<float>(from[l]);
+    const uint32_t away = (from[l] + 0x1000) & 0xffffe000u, other = to_lane(encode<float>(clamp_result(round_to<TF32>(x, in.b), in.a)));
+    to[l] = x != x ? 0x7fffffff : in.c ? away : other;
+  }
+  store_lanes(w, in.r[0], to, m, w.unit_poison[in.r[1]]);
+}
+
+template <class T>
+bool loses(Type from) {  // whether T may not have a value of type `from`
+  return from == Type::kF64 ? sizeof(T) < 8 : from == Type::kF32 ? sizeof(T) < 4 : sizeof(T) == 2 && (from == Type::kF16) != std::is_same_v<T, F16>;
+}
+
+bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
+  Form f(s);
+  in.klass = Class::kConvert;
+  in.a = take_modifiers(f);
+  const char *const modes[] = {"rn", "rz", "rm", "rp"}, *const integral_modes[] = {"rni", "rzi", "rmi", "rpi"};
+  bool rounds = false;
+  for (int i = 0; i < 4; ++i) {
+    const bool integral = f.take(integral_modes[i]);
+    if (!integral && !f.take(modes[i])) continue;
+    if (rounds) return false;
+    rounds = true;
+    in.b = i;
+    in.a |= integral ? kIntegral : 0;
+  }
+  const Operand &to = s.operands.at(0), &from = s.operands.at(1);
+
+  if (f.take("tf32")) {
+    in.c = f.take("rna");
+    if (rounds == (in.c != 0) || in.a & ~kRelu || (in.c && in.a) || f.type() != Type::kF32 || !f.rest.empty() || s.operands.size() != 2) return false;
+    if (!fits(d, to, Type::kB32) || !fits(d, from, Type::kF32)) return false;
+    in.exec = cvt_tf32;
+    d.destination(to);
+    d.source(from, Type::kF32);
+    return true;
+  }
+  if (f.types.size() != 2 || !f.rest.empty()) return false;
+  in.type = f.types[0];
+  in.type2 = f.types[1];
+  const bool packed = in.type == Type::kF16x2 || in.type == Type::kBF16x2;
+  if (packed || (type_bytes(in.type) == 2 && is_real(in.type) && in.type2 == Type::kF32)) {
+    if (s.operands.size() != (packed ? 3 : 2) || in.type2 != Type::kF32 || !rounds || in.a & kIntegral || !fits(d, to, in.type)) return false;
+    in.exec = packed ? (in.type == Type::kF16x2 ? cvt_single<F16, 2> : cvt_single<BF16, 2>)
+                     : (in.type == Type::kF16 ? cvt_single<F16, 1> : cvt_single<BF16, 1>);
+    d.destination(to);
+    for (size_t i = 1; i < s.operands.size(); ++i) {
+      if (!fits(d, s.operands[i], Type::kF32)) return false;
+      d.source(s.operands[i], Type::kF32);
+    }
+    return true;
+  }
+
+  if (s.operands.size() != 2 || in.a & kRelu) return false;
+  const auto holds = [&](const Operand &o, Type t) {  // a register may be wider than an integer
+    const int bytes = o.kind != Operand::kRegister ? 8 : d.wide(o) ? 8 : d.narrow(o) ? 2 : 4;
+    return is_integer(t) ? bytes >= type_bytes(t) : is_real(t) && fits(d, o, t);
+  };
+  if (!holds(to, in.type) || !holds(from, in.type2)) return false;
+  in.c = (from.kind == Operand::kRegister ? d.wide(from) : type_bytes(in.type2) == 8) ? kWideFrom : 0;
+  in.c |= d.wide(to) ? kWideTo : d.narrow(to) ? kNarrowTo : 0;
+  if (is_integer(in.type) && is_integer(in.type2)) {
+    if (rounds || in.a & ~kSat) return false;
+    in.exec = cvt_integers;
+  } else if (is_integer(in.type)) {
+    if (!(in.a & kIntegral)) return false;
+    in.exec = cvt_to_integer;
+  } else {
+    bool inexact = is_integer(in.type2);
+    if (!inexact) with_real(in.type, [&](auto tag) { inexact = loses<typename decltype(tag)::type>(in.type2); });
+    const bool plain = rounds && !(in.a & kIntegral);
+    if (inexact != plain || (in.a & kIntegral && in.type != in.type2)) return false;
+    if (in.type == Type::kF64 && type_bytes(in.type2) == 8 && in.b && is_integer(in.type2)) return false;  // would need more than odd_sum
+    in.exec = cvt_to_real;
+  }
+  d.destination(to);
+  d.source(from, in.type2);
+  return true;
+}
+
+// ------------------------------------------------------------------------------------------------------------------ mov
+
+template <class T>
+void move(Warp &w, const Inst &in, Mask m) { store_lanes(w, in.r[0], w.at<T>(in.r[1]), m, w.unit_poison[in.r[1]]); }
+
+void move_predicate(Warp &w, const Inst &in, Mask m) { write_predicate(w, in.r[0], read_predicate(w, in, 1), m); }
+
+// d = {a, b} and {a, b, c, d}: the first element is the lowest. in.b: elements, in.a: bits of one.
+template <class T>
+void pack(Warp &w, const Inst &in, Mask m) {
+  T to[32] = {};
+  Mask poison = 0;
+  for (int i = 0; i < in.b; ++i) {
+    const uint32_t *from = w.at<uint32_t>(in.r[1 + i]);
+    const uint32_t kept = ~0u >> (32 - in.a);
+    for (int l = 0; l < 32; ++l) to[l] |= (T)(from[l] & kept) << i * in.a;
+    poison |= w.unit_poison[in.r[1 + i]];
+  }
+  store_lanes(w, in.r[0], to, m, poison);
+}
+
+template <class T>
+void unpack(Warp &w, const Inst &in, Mask m) {
+  T from[32];
+  memcpy(from, w.at<T>(in.r[in.b]), sizeof(from));
+  const Mask poison = w.unit_poison[in.r[in.b]];
+  for (int i = 0; i < in.b; ++i) {
+    const uint32_t kept = ~0u >> (32 - in.a);
+    uint32_t to[32];
+    for (int l = 0; l < 32; ++l) to[l] = (uint32_t)(from[l] >> i * in.a) & kept;
+    store_lanes(w, in.r[i], to, m, poison);
+  }
+}
+
+bool decode_mov(Decoder &d, const Statement &s, Inst &in) {
+  const Form f(s);
+  const Type t = f.type();
+  in.klass = Class::kMove;
+  if (t == Type::kNone || !f.rest.empty() || s.operands.size() != 2) return false;
+  const Operand &to = s.operands[0], &from = s.operands[1];
+  const bool unpacks = to.kind == Operand::kVector, packs = from.kind == Operand::kVector;
+  if (t == Type::kPred) {
+    if (unpacks || packs) return false;
+    in.exec = move_predicate;
+    d.destination(to);
+    predicate_source(d, from, in, 1);
+    return true;
+  }
+  const bool wide = type_bytes(t) == 8;
+  Type to_type = t, from_type = t;
+  if (unpacks || packs) {
+    in.b = (int)(unpacks ? to : from).elements.size();
+    if ((unpacks && packs) || in.b < 2 || to.pair) return false;
+    in.a = 8 * type_bytes(t) / in.b;
+    if (in.a * in.b != 8 * type_bytes(t) || (in.a != 16 && in.a != 32)) return false;
+    (unpacks ? to_type : from_type) = in.a == 16 ? Type::kB16 : Type::kB32;
+    for (const Operand &e : (unpacks ? to : from).elements)
+      if (!fits(d, e, in.a == 16 ? Type::kB16 : Type::kB32)) return false;
+    in.exec = unpacks ? (wide ? unpack<uint64_t> : unpack<uint32_t>) : (wide ? pack<uint64_t> : pack<uint32_t>);
+  } else {
+    in.exec = wide ? move<uint64_t> : type_bytes(t) >= 2 ? move<uint32_t> : nullptr;
+    if (!in.exec) return false;
+  }
+  if ((!unpacks && !fits(d, to, t)) || (!packs && !fits(d, from, t))) return false;
+  d.destination(to);
+  d.source(from, from_type);
+  return true;
+}
+
+}  // namespace
+
+bool decode_convert(Decoder &d, const Statement &s, Inst &in) {
+  if (s.operands.size() < 2) return false;
+  return s.parts[0] == "cvt" ? decode_cvt(d, s, in) : s.parts[0] == "mov" && decode_mov(d, s, in);
+}
+
+}  // namespace vgpu

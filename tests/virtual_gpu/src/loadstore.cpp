@@ -1,0 +1,507 @@
+// ld, st, atom, red, cvta, isspacep, prefetch and clocks (PTX ISA 9.7.9.8 ld, 9.7.9.11 st, 9.7.13.5 atom, 9.7.13.6 red, 9.7.9.20 cvta).
+#include <algorithm>
+#include <cstring>
+
+#include "decode.h"
+#include "half.h"
+#include "machine.h"
+
+namespace vgpu {
+
+// 32 banks of 4 bytes. An access of 4 bytes a lane or less is one pass, of 8 two (half warps), of 16 four: a pass takes as many
+// wavefronts as the bank with the most different words.
+void count_shared(Warp &warp, const Inst &in, const uint64_t *addresses, Mask lanes, unsigned bytes) {
+  const int lanes_a_pass = bytes <= 4 ? 32 : bytes <= 8 ? 16 : 8;
+  uint64_t wavefronts = 0, least = 0;
+  for (int begin = 0; begin < 32; begin += lanes_a_pass) {
+    const Mask pass = lanes >> begin & (lanes_a_pass == 32 ? kAllLanes : (1u << lanes_a_pass) - 1);
+    if (!pass) continue;
+    uint64_t words[32][4];
+    uint8_t count[32] = {}, most = 0;
+    for (Mask m = pass; m; m &= m - 1) {
+      const uint64_t a = addresses[begin + __builtin_ctz(m)];
+      for (uint64_t word = a / 4; word * 4 < a + bytes; ++word) {
+        const size_t bank = word % 32;
+        bool there = false;
+        const uint8_t kept = std::min<uint8_t>(count[bank], 4);
+        for (uint8_t i = 0; i < kept; ++i) there |= words[bank][i] == word;
+        if (there) continue;
+        if (count[bank] < 4) words[bank][count[bank]] = word;
+        most = std::max<uint8_t>(most, ++count[bank]);
+      }
+    }
+    wavefronts += most;
+    ++least;
+  }
+  Counters &c = warp.launch().counters;
+  c.shared_wavefronts += wavefronts;
+  if (wavefronts <= least) return;
+  c.shared_conflicts += wavefronts - least;
+  c.conflicts_by_line[warp.launch().program->where(in)] += wavefronts - least;
+}
+
+namespace {
+
+uint64_t sectors(const uint64_t *addresses, Mask lanes, unsigned bytes) {
+  uint64_t all[64];
+  size_t n = 0;
+  for (Mask m = lanes; m; m &= m - 1) {
+    const uint64_t a = addresses[__builtin_ctz(m)];
+    for (uint64_t s = a / 32; s * 32 < a + bytes; ++s)
+      if (!n || all[n - 1] != s) all[n++] = s;
+  }
+  std::sort(all, all + n);
+  return (uint64_t)(std::unique(all, all + n) - all);
+}
+
+void count_global(Warp &warp, const uint64_t *addresses, Mask lanes, unsigned bytes, bool write) {
+  Counters &c = warp.launch().counters;
+  (write ? c.global_store_bytes : c.global_load_bytes) += (uint64_t)__builtin_popcount(lanes) * bytes;
+  (write ? c.global_store_sectors : c.global_load_sectors) += sectors(addresses, lanes, bytes);
+}
+
+bool is_shared(Space s) { return s == Space::kShared || s == Space::kSharedCluster; }
+
+uint64_t location_key(const Warp &warp, const Span &span) {
+  return is_shared(span.space) ? (uint64_t)(span.data - warp.cta->shared.data.data()) | (uint64_t)(warp.cta->index + 1) << 40 | 1ull << 63 : (uint64_t)span.data;
+}
+
+enum Order : int { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
+enum Scope : int { kCtaScope, kGpuScope };
+
+// A strong read takes over what was published at the location: at once if it acquires, else at the thread's next fence.
+void observe(Warp &w, int lane, uint64_t key, int order) {
+  const auto found = w.launch().locations.find(key);
+  if (found == w.launch().locations.end()) return;
+  ClockBuilder seen;
+  if (!found->second.clock.empty()) seen.join(found->second.clock.freeze());
+  const auto own = found->second.of_cta.find(w.cta->index);
+  if (own != found->second.of_cta.end() && !own->second.empty()) seen.join(own->second.freeze());
+  if (seen.empty()) return;
+  if (order == kAcquire || order == kAcquireRelease) {
+    acquire(w, 1u << lane, seen.freeze(), Ref<Clock>());
+  } else {
+    Lane &l = w.lanes[(size_t)lane];
+    if (l.pending) seen.join(l.pending);
+    l.pending = seen.freeze();
+  }
+}
+
+// A strong write publishes: its thread's past if it releases, else what the thread's last fence published. A plain strong
+// store ends the release sequence of the value it replaces; an atomic continues it.
+void publish(Warp &w, int lane, uint64_t key, int order, int scope, bool atomic) {
+  SyncLocation &location = w.launch().locations[key];
+  if (!atomic) location = SyncLocation();
+  const Lane &l = w.lanes[(size_t)lane];
+  if (order == kRelease || order == kAcquireRelease) {
+    ClockBuilder fenced;
+    release(w, 1u << lane, scope == kCtaScope ? location.of_cta[w.cta->index] : location.clock, fenced);
+  }
+  if (l.released) location.clock.join(l.released);
+  if (l.released_cta) location.of_cta[w.cta->index].join(l.released_cta);
+}
+
+void addresses_of(Warp &w, const Inst &in, Slot base, Mask m, uint64_t *out) {
+  if (check_poison(w, in, w.unit_poison[base] & m, "an address")) w.unit_poison[base] &= ~m;
+  for (int l = 0; l < 32; ++l) out[l] = w.address(base, l, in.d) + (uint64_t)in.offset;
+}
+
+Space space_of_window(uint64_t address) {
+  switch (address >> 56 << 56) {
+    case kSharedWindow: return Space::kShared;
+    case kLocalWindow: return Space::kLocal;
+    case kParamWindow: return Space::kParam;
+    default: return Space::kGlobal;
+  }
+}
+
+// r: d of each element, base. in.type; in.type2: kU16 if the destination is a 16-bit register; in.vector; in.a: Order;
+// in.b: Scope; in.c: non-coherent.
+void load(Warp &w, const Inst &in, Mask m) {
+  const unsigned element = (unsigned)type_bytes(in.type), bytes = element * in.vector;
+  uint64_t address[32];
+  addresses_of(w, in, in.r[in.vector], m, address);
+  uint8_t data[32][16];
+  Mask poison[4] = {};
+  const bool strong = in.a != kWeak;
+  Mask global = 0, shared = 0;
+  if (in.space == Space::kParam) {  // uniform, never written
+    for (Mask rest = m; rest; rest &= rest - 1) {
+      const int l = __builtin_ctz(rest);
+      const Span span = resolve(w, l, in, Space::kParam, address[l], bytes, bytes, false);
+      if (!span.data) return;
+      memcpy(data[l], span.data, bytes);
+    }
+  } else {
+    for (Mask rest = m; rest; rest &= rest - 1) {
+      const int l = __builtin_ctz(rest);
+      const Span span = resolve(w, l, in, in.space, address[l], bytes, bytes, false);
+      if (!span.data) {
+        for (unsigned e = 0; e < in.vector; ++e) poison[e] |= 1u << l;
+        continue;
+      }
+      memcpy(data[l], span.data, bytes);
+      if (span.space == Space::kLocal) {
+        const size_t at = (size_t)(span.data - w.local.data());
+        for (unsigned i = 0; i < bytes; ++i)
+          if (!w.local_valid[at + i]) poison[i / element] |= 1u << l;
+        continue;
+      }
+      if (!span.cells) continue;
+      const bool in_shared = is_shared(span.space);
+      (in_shared ? shared : global) |= 1u << l;
+      const uint64_t at = in_shared ? address[l] & 0xffffff : address[l];
+      span.shadow->touch(span.cells, at, bytes, false, actor(w, l, in, strong));
+      for (unsigned e = 0; e < in.vector; ++e)
+        if (!span.shadow->valid(span.cells + ((at & 3) + e * element) / 4, at + e * element, element)) poison[e] |= 1u << l;
+      if (strong) {
+        w.looked = true;
+        observe(w, l, location_key(w, span), in.a);
+      }
+      if (in.c && span.cells->write.lanes)
+        w.launch().report("race", &w, l, &in, "a non-coherent load (ld.global.nc) reads what this kernel wrote: " + w.launch().who(span.cells->write));
+    }
+  }
+  if (global) count_global(w, address, global, bytes, false);
+  if (shared) count_shared(w, in, address, shared, bytes);
+  for (unsigned e = 0; e < in.vector; ++e) {
+    if (element == 8) {
+      uint64_t v[32];
+      for (int l = 0; l < 32; ++l) memcpy(&v[l], data[l] + e * 8, 8);
+      store_lanes(w, in.r[e], v, m, poison[e]);
+      continue;
+    }
+    uint32_t v[32];
+    for (int l = 0; l < 32; ++l) {
+      const uint8_t *p = data[l] + e * element;
+      switch (in.type) {
+        case Type::kS8: v[l] = (uint32_t)(int32_t)(int8_t)*p; break;
+        case Type::kS16: { int16_t x; memcpy(&x, p, 2); v[l] = (uint32_t)(int32_t)x; break; }
+        case Type::kU8: case Type::kB8: v[l] = *p; break;
+        case Type::kU16: case Type::kB16: case Type::kF16: case Type::kBF16: { uint16_t x; memcpy(&x, p, 2); v[l] = x; break; }
+        default: memcpy(&v[l], p, 4);
+      }
+      if (in.type2 == Type::kU16) v[l] &= 0xffff;
+    }
+    if (in.b & 2) {  // a 64-bit register takes a narrower value, extended
+      uint64_t wide[32];
+      const bool sign = in.type == Type::kS8 || in.type == Type::kS16 || in.type == Type::kS32;
+      for (int l = 0; l < 32; ++l) wide[l] = sign ? (uint64_t)(int64_t)(int32_t)v[l] : v[l];
+      store_lanes(w, in.r[e], wide, m, poison[e]);
+    } else {
+      store_lanes(w, in.r[e], v, m, poison[e]);
+    }
+  }
+}
+
+// r: base, value of each element. The rest as in load.
+void store(Warp &w, const Inst &in, Mask m) {
+  const unsigned element = (unsigned)type_bytes(in.type), bytes = element * in.vector;
+  uint64_t address[32];
+  addresses_of(w, in, in.r[0], m, address);
+  const bool strong = in.a != kWeak;
+  Mask global = 0, shared = 0;
+  for (Mask rest = m; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    const Span span = resolve(w, l, in, in.space, address[l], bytes, bytes, true);
+    if (!span.data) continue;
+    uint8_t data[16];
+    Mask undefined = 0;  // by element
+    for (unsigned e = 0; e < in.vector; ++e) {
+      const Slot v = in.r[1 + e];
+      memcpy(data + e * element, element == 8 ? (const void *)&w.at<uint64_t>(v)[l] : (const void *)&w.at<uint32_t>(v)[l], element);
+      undefined |= (w.unit_poison[v] >> l & 1) << e;
+    }
+    if (span.space == Space::kLocal) {
+      const size_t at = (size_t)(span.data - w.local.data());
+      for (unsigned i = 0; i < bytes; ++i) w.local_valid[at + i] = !(undefined >> (i / element) & 1);
+    } else if (span.cells) {
+      const bool in_shared = is_shared(span.space);
+      (in_shared ? shared : global) |= 1u << l;
+      const uint64_t at = in_shared ? address[l] & 0xffffff : address[l];
+      if (undefined && !in_shared) check_poison(w, in, 1u << l, "global memory");
+      span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strong));
+      for (unsigned e = 0; undefined && e < in.vector; ++e)
+        if (undefined >> e & 1) span.shadow->set_valid(span.cells + ((at & 3) + e * element) / 4, at + e * element, element, false);
+      if (strong) publish(w, l, location_key(w, span), in.a, in.b & 1, false);
+    }
+    memcpy(span.data, data, bytes);
+  }
+  if (global) count_global(w, address, global, bytes, true);
+  if (shared) count_shared(w, in, address, shared, bytes);
+}
+
+// -------------------------------------------------------------------------------------------------------------- atomics
+
+enum AtomOp : int { kAdd, kMin, kMax, kAnd, kOr, kXor, kExch, kCas, kInc, kDec };
+
+template <class T>
+T integer_atom(int op, T old, T a, T b) {
+  switch (op) {
+    case kAdd: return (T)(old + a);
+    case kMin: return std::min(old, a);
+    case kMax: return std::max(old, a);
+    case kAnd: return old & a;
+    case kOr: return old | a;
+    case kXor: return old ^ a;
+    case kExch: return a;
+    case kCas: return old == a ? b : old;
+    case kInc: return old >= a ? 0 : (T)(old + 1);
+    default: return old == 0 || old > a ? a : (T)(old - 1);
+  }
+}
+
+uint64_t atom_value(const Inst &in, uint64_t old, uint64_t a, uint64_t b) {
+  float x, y;
+  double dx, dy;
+  const auto pair = [&](auto add) { return (uint64_t)add((uint16_t)old, (uint16_t)a) | (uint64_t)add((uint16_t)(old >> 16), (uint16_t)(a >> 16)) << 16; };
+  const auto add_f16 = [](uint16_t p, uint16_t q) { return f16_from_float(f16_to_float(p) + f16_to_float(q)); };
+  const auto add_bf16 = [](uint16_t p, uint16_t q) { return bf16_from_double((double)bf16_to_float(p) + bf16_to_float(q)); };
+  switch (in.type) {
+    case Type::kS32: return (uint32_t)integer_atom<int32_t>(in.c, (int32_t)old, (int32_t)a, (int32_t)b);
+    case Type::kS64: return (uint64_t)integer_atom<int64_t>(in.c, (int64_t)old, (int64_t)a, (int64_t)b);
+    case Type::kU64: case Type::kB64: return integer_atom<uint64_t>(in.c, old, a, b);
+    case Type::kB16: return integer_atom<uint16_t>(in.c, (uint16_t)old, (uint16_t)a, (uint16_t)b);
+    case Type::kF32:
+      memcpy(&x, &old, 4), memcpy(&y, &a, 4);
+      x += y;
+      old = 0;
+      memcpy(&old, &x, 4);
+      return old;
+    case Type::kF64:
+      memcpy(&dx, &old, 8), memcpy(&dy, &a, 8);
+      dx += dy;
+      memcpy(&old, &dx, 8);
+      return old;
+    case Type::kF16: return add_f16((uint16_t)old, (uint16_t)a);
+    case Type::kBF16: return add_bf16((uint16_t)old, (uint16_t)a);
+    case Type::kF16x2: return pair(add_f16);
+    case Type::kBF16x2: return pair(add_bf16);
+    default: return integer_atom<uint32_t>(in.c, (uint32_t)old, (uint32_t)a, (uint32_t)b);
+  }
+}
+
+// r: d (kNoSlot for red), base, a, [b of cas]. in.a: Order; in.b: Scope; in.c: AtomOp.
+void atom(Warp &w, const Inst &in, Mask m) {
+  const unsigned bytes = (unsigned)type_bytes(in.type);
+  const bool wide = bytes == 8;
+  uint64_t address[32], old[32] = {};
+  addresses_of(w, in, in.r[1], m, address);
+  Mask poison = 0, global = 0, shared = 0;
+  for (Mask rest = m; rest; rest &= rest - 1) {
+    const int l = __builtin_ctz(rest);
+    check_poison(w, in, (w.unit_poison[in.r[2]] | (in.c == kCas ? w.unit_poison[in.r[3]] : 0)) & 1u << l, "an atomic");
+    const Span span = resolve(w, l, in, in.space, address[l], bytes, bytes, true);
+    if (!span.data || !span.cells) continue;
+    const bool in_shared = is_shared(span.space);
+    (in_shared ? shared : global) |= 1u << l;
+    const uint64_t at = in_shared ? address[l] & 0xffffff : address[l];
+    if (!span.shadow->valid(span.cells, at, bytes)) check_poison(w, in, 1u << l, "an atomic: the memory it changes was never written");
+    memcpy(&old[l], span.data, bytes);
+    const uint64_t a = w.address(in.r[2], l, wide), b = in.c == kCas ? w.address(in.r[3], l, wide) : 0;
+    const uint64_t now = atom_value(in, old[l], a, b);
+    const uint64_t changes = w.launch().changes;
+    span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, true));
+    if (now == old[l]) w.launch().changes = changes;  // nobody can tell: a failed attempt is no progress
+    memcpy(span.data, &now, bytes);
+    w.looked = true;
+    const uint64_t key = location_key(w, span);
+    observe(w, l, key, in.a);
+    if (!(in.c == kCas && old[l] != a)) publish(w, l, key, in.a, in.b & 1, true);
+  }
+  Counters &c = w.launch().counters;
+  c.global_load_bytes += (uint64_t)__builtin_popcount(global) * bytes;
+  if (global) count_global(w, address, global, bytes, true);
+  if (shared) count_shared(w, in, address, shared, bytes);
+  if (wide) {
+    store_lanes(w, in.r[0], old, m, poison);
+  } else {
+    uint32_t v[32];
+    for (int l = 0; l < 32; ++l) v[l] = (uint32_t)old[l];
+    store_lanes(w, in.r[0], v, m, poison);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ addresses
+
+uint64_t window_of(Space s) {
+  return s == Space::kShared || s == Space::kSharedCluster ? kSharedWindow : s == Space::kLocal ? kLocalWindow : s == Space::kParam ? kParamWindow : 0;
+}
+
+// r: d, a. in.a: to the space (else from it); in.d: a is 64-bit; in.b: d is 64-bit
+void cvta(Warp &w, const Inst &in, Mask m) {
+  uint64_t v[32];
+  uint32_t narrow[32];
+  for (int l = 0; l < 32; ++l) {
+    const uint64_t a = w.address(in.r[1], l, in.d);
+    v[l] = in.a ? a - window_of(in.space) : a + window_of(in.space);
+    narrow[l] = (uint32_t)v[l];
+  }
+  if (in.b)
+    store_lanes(w, in.r[0], v, m, w.unit_poison[in.r[1]]);
+  else
+    store_lanes(w, in.r[0], narrow, m, w.unit_poison[in.r[1]]);
+}
+
+// r: p, a. in.space
+void isspacep(Warp &w, const Inst &in, Mask m) {
+  Mask p = 0;
+  for (int l = 0; l < 32; ++l) {
+    const uint64_t a = w.address(in.r[1], l, in.d);
+    bool is = space_of_window(a) == (in.space == Space::kSharedCluster ? Space::kShared : in.space);
+    if (is && in.space == Space::kShared) is = (a >> kClusterShift & 0xff) == 0 || (a >> kClusterShift & 0xff) == w.cta->rank + 1;
+    p |= (Mask)is << l;
+  }
+  w.predicates[in.r[0]] = (w.predicates[in.r[0]] & ~m) | (p & m);
+  w.predicate_poison[in.r[0]] = (w.predicate_poison[in.r[0]] & ~m) | (w.unit_poison[in.r[1]] & m);
+}
+
+// mapa (9.7.9.23): r: d, a, rank. in.a: 0 shared::cluster address, 1 generic; in.b: 64-bit
+void mapa(Warp &w, const Inst &in, Mask m) {
+  uint64_t v[32];
+  uint32_t narrow[32];
+  for (int l = 0; l < 32; ++l) {
+    const uint64_t a = w.address(in.r[1], l, in.b), offset = a & ((1u << kClusterShift) - 1);
+    const uint32_t rank = w.at<uint32_t>(in.r[2])[l];
+    if (m >> l & 1 && rank >= w.cta->cluster->ctas.size())
+      w.launch().report("out-of-range", &w, l, &in, "block " + std::to_string(rank) + " of a cluster of " + std::to_string(w.cta->cluster->ctas.size()));
+    v[l] = (in.a ? kSharedWindow : 0) | (uint64_t)(rank + 1) << kClusterShift | offset;
+    narrow[l] = (uint32_t)v[l];
+  }
+  const Mask poison = w.unit_poison[in.r[1]] | w.unit_poison[in.r[2]];
+  if (in.b)
+    store_lanes(w, in.r[0], v, m, poison);
+  else
+    store_lanes(w, in.r[0], narrow, m, poison);
+}
+
+// Time is the number of instructions that the launch has executed. in.b: 64-bit
+void clock_register(Warp &w, const Inst &in, Mask m) {
+  uint64_t v[32];
+  uint32_t narrow[32];
+  for (int l = 0; l < 32; ++l) narrow[l] = (uint32_t)(v[l] = w.launch().executed);
+  if (in.b)
+    store_lanes(w, in.r[0], v, m, 0);
+  else
+    store_lanes(w, in.r[0], narrow, m, 0);
+}
+
+void no_effect(Warp &, const Inst &, Mask) {}
+
+Space parse_space(const Statement &s) {
+  for (const std::string &p : s.parts) {
+    if (p == "global") return Space::kGlobal;
+    if (p == "shared" || p == "shared::cta") return Space::kShared;
+    if (p == "shared::cluster") return Space::kSharedCluster;
+    if (p == "local") return Space::kLocal;
+    if (p == "param" || p == "param::entry") return Space::kParam;
+    if (p == "const") return Space::kConst;
+  }
+  return Space::kGeneric;
+}
+
+int parse_order(const Statement &s) {
+  if (s.has("acq_rel")) return kAcquireRelease;
+  if (s.has("acquire")) return kAcquire;
+  if (s.has("release")) return kRelease;
+  return s.has("relaxed") || s.has("volatile") || s.has("mmio") ? kRelaxed : kWeak;
+}
+
+}  // namespace
+
+bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
+  const std::string &op = s.parts[0];
+  if (op == "mov" && s.operands.size() == 2 && s.operands[1].kind == Operand::kRegister && (s.has("u64") || s.has("u32")) &&
+      (s.text.find("%clock") != std::string::npos || s.text.find("%globaltimer") != std::string::npos)) {
+    d.destination(s.operands[0]);
+    in.b = s.has("u64");
+    in.exec = clock_register;
+    in.klass = Class::kMove;
+    return true;
+  }
+  if (op == "ld" || op == "st" || op == "atom" || op == "red") {
+    in.space = parse_space(s);
+    in.type = last_type(s);
+    in.a = parse_order(s);
+    in.b = s.has("cta") ? kCtaScope : kGpuScope;
+    if (in.type == Type::kNone || s.has("v8") || s.has("b128") || s.has("sc")) return false;
+    in.vector = s.has("v4") ? 4 : s.has("v2") ? 2 : 1;
+    if (in.vector * type_bytes(in.type) > 16) return false;
+    const bool shared = in.space == Space::kShared || in.space == Space::kSharedCluster;
+    if (op == "ld") {
+      in.klass = shared ? Class::kLoadShared : in.space == Space::kLocal ? Class::kLocal : in.space == Space::kParam ? Class::kMove : Class::kLoadGlobal;
+      in.c = s.has("nc");
+      d.destination(s.operands.at(0));
+      const Operand &first = s.operands[0].kind == Operand::kVector ? s.operands[0].elements.at(0) : s.operands[0];
+      if (d.narrow(first)) in.type2 = Type::kU16;
+      if (type_bytes(in.type) < 8 && d.wide(first)) in.b |= 2;
+      d.address(s.operands.at(1), in);
+      in.exec = load;
+      return true;
+    }
+    if (op == "st") {
+      in.klass = shared ? Class::kStoreShared : in.space == Space::kLocal ? Class::kLocal : Class::kStoreGlobal;
+      if (s.has("async")) return false;
+      d.address(s.operands.at(0), in);
+      d.source(s.operands.at(1), in.type);
+      in.exec = store;
+      return true;
+    }
+    if (in.vector != 1 || s.has("async")) return false;
+    static const char *const names[] = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"};
+    in.c = -1;
+    for (int i = 0; i < 10; ++i)
+      if (s.has(names[i])) in.c = i;
+    const bool is_float = in.type == Type::kF32 || in.type == Type::kF64 || in.type == Type::kF16 || in.type == Type::kBF16 ||
+                          in.type == Type::kF16x2 || in.type == Type::kBF16x2;
+    if (in.c < 0 || (is_float && in.c != kAdd)) return false;
+    if (in.a == kWeak) in.a = kRelaxed;
+    in.klass = Class::kAtomic;
+    size_t i = 0;
+    if (op == "atom")
+      d.destination(s.operands.at(i++));
+    else
+      d.destination(Operand());
+    d.address(s.operands.at(i), in);
+    d.source(s.operands.at(i + 1), in.type);
+    if (in.c == kCas) d.source(s.operands.at(i + 2), in.type);
+    in.exec = atom;
+    return true;
+  }
+  if (op == "cvta" || op == "isspacep") {
+    in.klass = Class::kMove;
+    in.space = parse_space(s);
+    in.a = s.has("to");
+    in.b = op == "cvta" && s.has("u64");
+    d.destination(s.operands.at(0));
+    d.source(s.operands.at(1), s.has("u32") ? Type::kU32 : Type::kU64);
+    in.d = d.wide(s.operands[1]) || s.operands[1].kind != Operand::kRegister;
+    in.exec = op == "cvta" ? cvta : isspacep;
+    return true;
+  }
+  if (op == "mapa") {
+    in.klass = Class::kMove;
+    in.b = s.has("u64");
+    in.a = parse_space(s) == Space::kGeneric;
+    d.destination(s.operands.at(0));
+    d.source(s.operands.at(1), in.b ? Type::kU64 : Type::kU32);
+    d.source(s.operands.at(2), Type::kU32);
+    in.exec = mapa;
+    return true;
+  }
+  if (op == "prefetch" || op == "prefetchu" || op == "createpolicy" || op == "applypriority" || op == "discard") {
+    if (op == "discard") return false;
+    in.klass = Class::kMove;
+    if (op == "createpolicy") {
+      d.destination(s.operands.at(0));
+      in.b = 1;
+      in.exec = clock_register;  // any defined value: cache policies change no result
+      return true;
+    }
+    in.exec = no_effect;
+    return true;
+  }
+  return false;
+}
+
+}  // namespace vgpu

@@ -1,0 +1,182 @@
+// The state of a running launch: blocks, warps, the fragments of a warp that diverged, and what they wait for.
+#pragma once
+#include <array>
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "async.h"
+#include "barriers.h"
+#include "clock.h"
+#include "isa.h"
+#include "memory.h"
+#include "report.h"
+
+namespace vgpu {
+
+constexpr Mask kAllLanes = ~0u;
+
+struct Options {
+  int architecture = 90;       // 80 or 90 (sm_90a)
+  int sm_count = 4;
+  uint64_t seed = 0;
+  bool random_completion = false;  // asynchronous work: at random legal moments instead of the latest
+  int max_reports = 20;
+  uint64_t instruction_limit = 20'000'000'000;  // lane instructions a launch
+};
+
+// Lanes of a warp that are at one statement. They come together again where their branch's paths do (Split).
+struct Fragment {
+  enum State : uint8_t { kReady, kPolling, kWaiting };
+  uint32_t pc = 0;
+  Mask mask = 0;
+  int split = -1;
+  State state = kReady;
+  uint64_t seen = 0;          // kPolling: Launch::changes when it looked
+  WaitFor wait;               // kWaiting
+};
+
+struct Split {  // in use while lanes are expected
+  uint32_t reconverge = 0;
+  Mask expected = 0, arrived = 0;
+  int parent = -1;
+};
+
+struct Lane {
+  Ref<Clock> clock;           // what happened before
+  Ref<Clock> fenced;          // the part of it that a proxy fence made visible to the async proxy
+  Ref<Clock> released;        // clock at its last fence of gpu scope or wider
+  Ref<Clock> released_cta;    // and of any scope
+  Ref<Clock> pending;         // what its relaxed reads saw, acquired by its next fence
+};
+
+struct Cta;
+
+struct Warp {
+  Cta *cta = nullptr;
+  int index = 0;              // in the block
+  uint32_t epoch = 1;
+  std::vector<uint32_t> units;          // register file
+  std::vector<Mask> unit_poison;        // by slot: lanes whose value is undefined
+  std::vector<Mask> predicates, predicate_poison;
+  std::vector<uint8_t> local;           // local_bytes a lane
+  std::vector<bool> local_valid;
+  std::vector<Fragment> fragments;
+  std::vector<Split> splits;
+  std::array<Lane, 32> lanes;
+  Mask exited = 0;
+  bool looked = false;        // executed a strong load since its last backward branch
+  uint64_t priority = 0;
+  std::array<uint64_t, 32> cluster_phase{};  // of barrier.cluster, when the lane arrived
+  WarpAsync async;            // its cp.async and bulk groups
+  WarpMatrix matrix;          // its wgmma groups
+
+  template <class T>
+  T *at(Slot s) { return reinterpret_cast<T *>(&units[(size_t)s * 32]); }
+  uint64_t address(Slot s, int lane, bool wide) { return wide ? at<uint64_t>(s)[lane] : at<uint32_t>(s)[lane]; }
+  Launch &launch() const;
+};
+
+struct Cluster;
+
+struct Cta {
+  Launch *launch = nullptr;
+  Cluster *cluster = nullptr;
+  uint32_t index = 0, rank = 0;   // linear in the grid; in its cluster
+  uint32_t x = 0, y = 0, z = 0;
+  int live = 0;                   // warps not exited
+  SharedMemory shared;
+  std::vector<std::unique_ptr<Warp>> warps;
+  CtaBarriers barriers;
+  std::vector<std::unique_ptr<WarpGroup>> groups;
+
+  explicit Cta(uint32_t shared_bytes) : shared(shared_bytes) {}
+  uint32_t components() const { return (uint32_t)warps.size() * 32 + kAgents; }
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Cta>> ctas;
+  ClusterBarrier barrier;
+  int live = 0;
+};
+
+struct Launch {
+  const Program *program = nullptr;
+  Options options;
+  uint64_t id = 0;
+  uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {1, 1, 1};
+  uint32_t dynamic_shared = 0, shared_bytes = 0;
+  std::vector<uint8_t> params;
+  GlobalMemory *global = nullptr;
+  Reports *reports = nullptr;
+  Counters counters;
+  std::mt19937_64 random;
+  std::vector<std::unique_ptr<Cluster>> clusters;  // resident
+  uint64_t changes = 0;        // of memory, barriers and fragments: nothing that others could see goes uncounted
+  uint64_t executed = 0;       // lane instructions
+  bool stop = false;           // a report after which going on makes no sense
+  AsyncQueue queue;
+  SyncLocations locations;
+  std::vector<uint64_t> executions, lane_executions;  // by statement
+
+  void run();
+  bool chance(uint32_t one_in) { return random() % one_in == 0; }
+  void report(const char *kind, const Warp *warp, int lane, const Inst *inst, const std::string &text);
+  std::string who(const Warp &warp, Mask lanes) const;      // "block (0,0,0) thread 5"
+  std::string who(const Access &access) const;
+
+ private:
+  void start();
+  void step(Warp &warp, Fragment &fragment);
+  bool unstick();
+  void deadlock();
+  void finish();
+
+  std::vector<uint64_t> pending_;   // clusters not started, in order
+  size_t capacity_ = 1, resident_ = 0;
+  uint64_t stuck_at_ = ~0ull;       // changes when nothing could go on
+  int stuck_rounds_ = 0;
+};
+
+// What reports and clocks need to know of an access.
+struct Actor {
+  Launch *launch;
+  const Warp *warp;
+  const Inst *inst;
+  const Clock *clock;        // what happened before
+  const Clock *visible;      // what of it an async-proxy read may see; the same as clock for others
+  uint32_t cta, epoch;
+  Mask lanes;                // one lane, or those that act as one
+  uint8_t row;               // warp, or an agent's row
+  uint8_t flags = 0;         // kStrong, kAsyncProxy
+};
+Actor actor(Warp &warp, int lane, const Inst &in, bool strong = false);
+bool happened_before(const Access &access, const Clock *clock, const Actor &actor);
+
+// Resolves [address, address + bytes) of a lane; reports what is out of range, misaligned or read-only.
+Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address, unsigned bytes, unsigned align, bool write);
+
+// Clock of a release by lanes of a warp: what they know and all they did. The warp enters a new epoch.
+void release(Warp &warp, Mask lanes, ClockBuilder &clock, ClockBuilder &fenced);
+void acquire(Warp &warp, Mask lanes, const Ref<Clock> &clock, const Ref<Clock> &fenced);
+
+// Poison that must not matter: reports it for the lanes of `poison & mask` and returns whether there was any.
+bool check_poison(Warp &warp, const Inst &in, Mask poison, const char *what);
+
+// Fragments. A fragment whose mask is 0 is gone.
+void jump(Warp &warp, Fragment &fragment, uint32_t pc);                // arrives at its split's reconvergence if that is there
+void make_ready(Warp &warp, Mask lanes, WaitFor::Kind kind);           // those waiting go on after their statement
+void exit_lanes(Warp &warp, Fragment &fragment);
+void split_off(Warp &warp, Fragment &fragment, Mask lanes);            // these lanes become a fragment of their own, at the same statement
+
+template <class T>
+inline void store_lanes(Warp &w, Slot d, const T *value, Mask m, Mask poison) {
+  if (d == kNoSlot) return;
+  T *to = w.at<T>(d);
+  for (int l = 0; l < 32; ++l) to[l] = m >> l & 1 ? value[l] : to[l];
+  w.unit_poison[d] = (w.unit_poison[d] & ~m) | (poison & m);
+}
+
+}  // namespace vgpu

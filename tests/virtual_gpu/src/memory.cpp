@@ -1,0 +1,343 @@
+#include "memory.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "machine.h"
+
+namespace vgpu {
+
+// ------------------------------------------------------------------------------------------------------- the shadow
+
+namespace {
+
+// Bytes of the cell at `address` that [begin, begin + bytes) covers.
+uint8_t covered(uint64_t cell_address, uint64_t begin, unsigned bytes) {
+  const uint64_t low = std::max(begin, cell_address) - cell_address, high = std::min(begin + bytes, cell_address + 4) - cell_address;
+  return (uint8_t)((15u >> (4 - (high - low))) << low);
+}
+
+template <class Body>
+void for_cells(Cell *cell, uint64_t address, unsigned bytes, const Body &body) {
+  for (uint64_t at = address & ~3ull; at < address + bytes; at += 4, ++cell) body(*cell, covered(at, address, bytes), at);
+}
+
+bool known(const Clock *clock, const Access &access, Mask lanes) {
+  const Chunk *chunk = clock ? clock->find(access.cta) : nullptr;
+  if (!chunk) return false;
+  const uint32_t *row = &chunk->epoch[access.warp * 32u];
+  for (; lanes; lanes &= lanes - 1)
+    if (row[__builtin_ctz(lanes)] < access.epoch) return false;
+  return true;
+}
+
+}  // namespace
+
+bool happened_before(const Access &access, const Clock *clock, const Actor &actor) {
+  const bool own = access.cta == actor.cta && access.warp == actor.row;
+  const Mask others = own ? access.lanes & ~actor.lanes : access.lanes;
+  return !others || known(clock, access, others);
+}
+
+std::vector<Access> &Shadow::overflow(Cell &cell) {
+  if (!cell.more) {
+    if (free_.empty()) {
+      overflow_.emplace_back();
+      cell.more = (uint32_t)overflow_.size();
+    } else {
+      cell.more = free_.back();
+      free_.pop_back();
+    }
+  }
+  return overflow_[cell.more - 1];
+}
+
+void Shadow::forget(Cell &cell) {
+  cell.write = cell.read = Access();
+  if (!cell.more) return;
+  overflow_[cell.more - 1].clear();
+  free_.push_back(cell.more);
+  cell.more = 0;
+}
+
+bool Shadow::valid(const Cell *cell, uint64_t address, unsigned bytes) const {
+  bool all = true;
+  for_cells(const_cast<Cell *>(cell), address, bytes, [&](Cell &c, uint8_t part, uint64_t) { all &= (c.valid & part) == part; });
+  return all;
+}
+
+void Shadow::set_valid(Cell *cell, uint64_t address, unsigned bytes, bool value) {
+  for_cells(cell, address, bytes, [&](Cell &c, uint8_t part, uint64_t) { c.valid = (uint8_t)(value ? c.valid | part : c.valid & ~part); });
+}
+
+void Shadow::touch(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor) {
+  for_cells(cell, address, bytes, [&](Cell &c, uint8_t part, uint64_t at) {
+    probe_cell(c, part, write, actor, at);
+    write ? record_write(c, part, actor) : record_read(c, part, actor);
+  });
+}
+
+void Shadow::probe(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor) {
+  for_cells(cell, address, bytes, [&](Cell &c, uint8_t part, uint64_t at) { probe_cell(c, part, write, actor, at); });
+}
+
+void Shadow::record(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor) {
+  for_cells(cell, address, bytes, [&](Cell &c, uint8_t part, uint64_t) { write ? record_write(c, part, actor) : record_read(c, part, actor); });
+}
+
+void Shadow::in_flight(Cell *cell, uint64_t address, unsigned bytes, bool write, int change) {
+  for_cells(cell, address, bytes, [&](Cell &c, uint8_t, uint64_t) {
+    uint8_t &count = write ? c.writes_in_flight : c.reads_in_flight;
+    count = (uint8_t)(count + change);
+  });
+}
+
+inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const Actor &actor, uint64_t address) {
+  if (!(access.flags & bytes) || !access.lanes) return;
+  if (access.flags & actor.flags & kStrong) return;
+  if (!happened_before(access, actor.clock, actor)) {
+    actor.launch->report("race", actor.warp, __builtin_ctz(actor.lanes), actor.inst,
+                         std::string(write ? "writes" : "reads") + " address " + std::to_string(address) + ", which " +
+                             actor.launch->who(access) + (access.flags & kWrite ? " wrote" : " read") + " without a barrier between them");
+    return;
+  }
+  // An ordinary write is visible to the async proxy only behind a proxy fence (PTX ISA 8.9 "Proxies").
+  if ((actor.flags & kAsyncProxy) && !(access.flags & kAsyncProxy) && (access.flags & kWrite) && !write &&
+      !known(actor.visible, access, access.lanes))
+    actor.launch->report("proxy", actor.warp, __builtin_ctz(actor.lanes), actor.inst,
+                         "the async proxy reads shared address " + std::to_string(address) + ", which " + actor.launch->who(access) +
+                             " wrote with an ordinary store, without fence.proxy.async after the store");
+}
+
+void Shadow::probe_cell(Cell &cell, uint8_t bytes, bool write, const Actor &actor, uint64_t address) {
+  if (cell.writes_in_flight || (write && cell.reads_in_flight)) report_in_flight(*actor.launch, actor, address, global_, write);
+  check(cell.write, bytes, write, actor, address);
+  if (write) check(cell.read, bytes, write, actor, address);
+  if (cell.more)
+    for (const Access &access : overflow_[cell.more - 1])
+      if (write || access.flags & kWrite) check(access, bytes, write, actor, address);
+}
+
+namespace {
+
+Access made_by(const Actor &actor, uint8_t bytes, bool write) {
+  Access a;
+  a.cta = actor.cta;
+  a.lanes = actor.lanes;
+  a.epoch = actor.epoch;
+  a.statement = (uint16_t)(actor.inst - actor.launch->program->code.data());
+  a.warp = actor.row;
+  a.flags = (uint8_t)(bytes | actor.flags | (write ? kWrite : 0));
+  return a;
+}
+
+bool same_warp(const Access &a, const Actor &b) { return a.cta == b.cta && a.warp == b.row; }
+
+constexpr size_t kMostReaders = 16;  // beyond these the oldest is forgotten
+
+}  // namespace
+
+void Shadow::record_read(Cell &cell, uint8_t bytes, const Actor &actor) {
+  bool recorded = false;
+  const auto add = [&](Access &access) {  // joins an entry of the same warp, epoch and bytes; takes these lanes out of older ones
+    if (!access.lanes || !same_warp(access, actor) || access.flags & kWrite) return;
+    if (access.epoch == actor.epoch && (access.flags & kBytes) == bytes && (access.flags & kStrong) == (actor.flags & kStrong)) {
+      access.lanes |= actor.lanes;
+      recorded = true;
+    } else if (!((access.flags & kBytes) & ~bytes)) {
+      access.lanes &= ~actor.lanes;
+    }
+  };
+  add(cell.read);
+  if (cell.more) {
+    std::vector<Access> &more = overflow_[cell.more - 1];
+    for (Access &access : more) add(access);
+    more.erase(std::remove_if(more.begin(), more.end(), [](const Access &a) { return !a.lanes; }), more.end());
+  }
+  if (recorded) return;
+  if (!cell.read.lanes) {
+    cell.read = made_by(actor, bytes, false);
+    return;
+  }
+  std::vector<Access> &more = overflow(cell);
+  if (more.size() >= kMostReaders) more.erase(more.begin());
+  more.push_back(made_by(actor, bytes, false));
+}
+
+void Shadow::record_write(Cell &cell, uint8_t bytes, const Actor &actor) {
+  const auto trim = [&](Access &access) {  // what is overwritten no longer matters
+    access.flags = (uint8_t)(access.flags & ~bytes);
+    if (!(access.flags & kBytes)) access.lanes = 0;
+  };
+  trim(cell.read);
+  if (cell.more) {
+    std::vector<Access> &more = overflow_[cell.more - 1];
+    for (Access &access : more) trim(access);
+    more.erase(std::remove_if(more.begin(), more.end(), [](const Access &a) { return !a.lanes; }), more.end());
+  }
+  if (cell.write.lanes && cell.write.flags & kBytes & ~bytes) {  // other bytes of the cell keep their writer
+    trim(cell.write);
+    overflow(cell).push_back(cell.write);
+  }
+  cell.write = made_by(actor, bytes, true);
+  cell.valid |= bytes;
+  ++actor.launch->changes;
+}
+
+// -------------------------------------------------------------------------------------------------- global memory
+
+void GlobalMemory::map(uint64_t address, uint64_t bytes, const std::string &name, bool writable, bool initialised) {
+  last_ = nullptr;
+  allocations_[address] = {address, bytes, name, writable, initialised};
+  reset(address, bytes);
+}
+
+bool GlobalMemory::unmap(uint64_t address) {
+  last_ = nullptr;
+  const auto found = allocations_.find(address);
+  if (found == allocations_.end()) return false;
+  const uint64_t bytes = found->second.bytes;
+  allocations_.erase(found);
+  reset(address, bytes);
+  return true;
+}
+
+const Allocation *GlobalMemory::find(uint64_t address) const {
+  if (last_ && address - last_->address < last_->bytes) return last_;
+  const Allocation *a = nearest(address);
+  if (!a || address - a->address >= a->bytes) return nullptr;
+  return last_ = a;
+}
+
+const Allocation *GlobalMemory::nearest(uint64_t address) const {
+  auto at = allocations_.upper_bound(address);
+  return at == allocations_.begin() ? nullptr : &std::prev(at)->second;
+}
+
+// Pages are few even where an allocation spans gigabytes: walk what is smaller.
+void GlobalMemory::reset(uint64_t address, uint64_t bytes) {
+  const uint64_t first = address >> 12, last = (address + bytes + 4095) >> 12;
+  last_page_ = ~0ull;
+  if (last - first < pages_.size()) {
+    for (uint64_t page = first; page < last; ++page) pages_.erase(page);
+  } else {
+    for (auto at = pages_.begin(); at != pages_.end();) at = at->first >= first && at->first < last ? pages_.erase(at) : std::next(at);
+  }
+}
+
+void GlobalMemory::initialise(Page &page, uint64_t base, const Allocation &a) {
+  const uint64_t begin = std::max(base, a.address), end = std::min(base + 4096, a.address + a.bytes);
+  if (a.initialised && begin < end) shadow_.set_valid(&page.cells[(begin - base) / 4], begin, (unsigned)(end - begin), true);
+}
+
+void GlobalMemory::set_initialised(uint64_t address, uint64_t bytes) {
+  for (uint64_t at = address; at < address + bytes; at = (at | 4095) + 1)
+    shadow_.set_valid(cells(at, 0), at, (unsigned)std::min((at | 4095) + 1 - at, address + bytes - at), true);
+}
+
+Cell *GlobalMemory::cells(uint64_t address, uint64_t launch) {
+  const uint64_t number = address >> 12;
+  if (number != last_page_) {
+    std::unique_ptr<Page> &page = pages_[number];
+    if (!page) {
+      page.reset(new Page);
+      const uint64_t base = number << 12;
+      auto at = allocations_.upper_bound(base);
+      if (at != allocations_.begin()) initialise(*page, base, std::prev(at)->second);
+      for (; at != allocations_.end() && at->first < base + 4096; ++at) initialise(*page, base, at->second);
+    }
+    last_page_ = number;
+    last_page_data_ = page.get();
+  }
+  if (launch && last_page_data_->launch != launch) {  // launches follow each other: what an earlier one did is ordered
+    for (Cell &cell : last_page_data_->cells) shadow_.forget(cell);
+    last_page_data_->launch = launch;
+  }
+  return &last_page_data_->cells[(address & 4095) / 4];
+}
+
+// ------------------------------------------------------------------------------------------------------- resolving
+
+Actor actor(Warp &warp, int lane, const Inst &in, bool strong) {
+  const Lane &l = warp.lanes[(size_t)lane];
+  return {&warp.launch(), &warp, &in, l.clock.get(), l.clock.get(), warp.cta->index, warp.epoch, 1u << lane, (uint8_t)warp.index,
+          (uint8_t)(strong ? kStrong : 0)};
+}
+
+namespace {
+
+std::string hex(uint64_t x) {
+  char text[32];
+  snprintf(text, sizeof text, "0x%llx", (unsigned long long)x);
+  return text;
+}
+
+}  // namespace
+
+Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address, unsigned bytes, unsigned align, bool write) {
+  Launch &launch = warp.launch();
+  const auto fail = [&](const char *kind, const std::string &text) {
+    launch.report(kind, &warp, lane, &in, text);
+    return Span();
+  };
+  const char *const verb = write ? "writes " : "reads ";
+  if (address % align)
+    return fail("misaligned", verb + std::to_string(bytes) + " bytes at address " + hex(address) + ", which is not a multiple of " + std::to_string(align));
+
+  if (space == Space::kGeneric) {  // PTX ISA 5.1.1 ff.: the windows of generic addresses
+    const uint64_t window = address >> 56 << 56;
+    if (window == kSharedWindow) {
+      space = Space::kSharedCluster;
+      address -= kSharedWindow;
+    } else if (window == kLocalWindow) {
+      space = Space::kLocal;
+      address -= kLocalWindow;
+    } else if (window == kParamWindow) {
+      space = Space::kParam;
+      address -= kParamWindow;
+    } else {
+      space = Space::kGlobal;
+    }
+  }
+  if (space == Space::kGlobal || space == Space::kConst) {
+    const Allocation *a = launch.global->find(address);
+    if (!a || address + bytes > a->address + a->bytes) {
+      const Allocation *near = a ? a : launch.global->nearest(address);
+      std::string text = verb + std::to_string(bytes) + " bytes at global address " + hex(address);
+      if (near && address - near->address < (1ull << 40))
+        text += ", " + std::to_string(address - near->address) + " bytes into " + near->name + " of " + std::to_string(near->bytes) + " bytes";
+      return fail("out-of-range", text);
+    }
+    if (write && (!a->writable || space == Space::kConst))
+      return fail("read-only", verb + std::to_string(bytes) + " bytes, " + std::to_string(address - a->address) + " bytes into " + a->name + ", which is an input");
+    return {(uint8_t *)address, space == Space::kConst ? nullptr : launch.global->cells(address, launch.id), &launch.global->shadow(), space};
+  }
+  if (space == Space::kShared || space == Space::kSharedCluster) {
+    Cta *cta = warp.cta;
+    const uint32_t rank = (uint32_t)(address >> kClusterShift) & 0xff;
+    if (rank) {
+      if (space == Space::kShared || rank > cta->cluster->ctas.size())
+        return fail("out-of-range", verb + std::to_string(bytes) + " bytes of the shared memory of block " + std::to_string(rank - 1) + " of the cluster");
+      cta = cta->cluster->ctas[rank - 1].get();
+      address &= (1u << kClusterShift) - 1;
+      if (cta->live == 0)
+        return fail("exited-block", verb + std::string("shared memory of block ") + std::to_string(rank - 1) + " of the cluster, which has exited");
+    }
+    if (address < kSharedBase || address + bytes > kSharedBase + cta->shared.data.size())
+      return fail("out-of-range", verb + std::to_string(bytes) + " bytes at shared address " + std::to_string((int64_t)address - kSharedBase) + " of " +
+                                      std::to_string(cta->shared.data.size()) + " bytes");
+    const uint64_t offset = address - kSharedBase;
+    return {&cta->shared.data[offset], &cta->shared.cells[offset / 4], &cta->shared.shadow, space};
+  }
+  if (space == Space::kParam) {
+    if (address + bytes > launch.params.size() || write)
+      return fail("out-of-range", verb + std::to_string(bytes) + " bytes at parameter offset " + std::to_string(address) + " of " + std::to_string(launch.params.size()));
+    return {&launch.params[address], nullptr, nullptr, space};
+  }
+  const uint32_t local = launch.program->local_bytes;
+  if (address + bytes > local)
+    return fail("out-of-range", verb + std::to_string(bytes) + " bytes at local address " + std::to_string(address) + " of " + std::to_string(local) + " bytes");
+  return {&warp.local[(size_t)lane * local + address], nullptr, nullptr, Space::kLocal};
+}
+
+}  // namespace vgpu

@@ -1,0 +1,241 @@
+"""The virtual GPU (src/) for tests: the C API's CUDA ops on it, and kernels of one's own from PTX text.
+
+    gpu = vgpu.Gpu(arch=90, seed=3)
+    module = gpu.module(vgpu.compile("kernel.cu", arch="90a"))
+    module.launch("scale", grid=2, block=128, args=[x, np.int32(len(x))])     # x: a numpy array, "device memory" as it is
+    gpu.counters[-1]["global_load_bytes"]
+
+A launch that goes wrong raises Failure, whose reports say what, where and who. The same modules run on an NVIDIA GPU through
+silicon.Gpu, which has the same methods.
+"""
+import ctypes
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build/virtual_gpu"
+sys.path.insert(0, str(ROOT / "tests"))
+import c_api  # noqa: E402
+
+CSRC = ROOT / "csrc"
+
+
+class Failure(AssertionError):
+    """What the virtual GPU reports of a launch: a list of dicts with kind, kernel, where, thread, text, statement, times."""
+
+    def __init__(self, reports):
+        self.reports = reports
+        super().__init__("\n".join(f"{r['kind']} in {r['kernel']} at {r['where']} ({r['thread']}, {r['times']}x): {r['text']}\n    {r['statement']}"
+                                   for r in reports))
+
+
+class LaunchError(Exception):
+    """A launch or module that the driver would refuse."""
+
+
+def missing():
+    """Why the virtual GPU cannot be built here, or None."""
+    if shutil.which("nvcc") is None:
+        return "the virtual GPU runs kernels as nvcc compiles them, and no nvcc was found"
+    return None
+
+
+@functools.cache
+def library():
+    """The library's sources over the virtual GPU, built if need be."""
+    source = Path(__file__).parent
+    for arguments in (["-S", source, "-B", BUILD, "-G", "Ninja"], ["--build", BUILD, "--parallel", "2"]):
+        done = subprocess.run(["cmake", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+    lib = c_api.Library(BUILD / "libmixtral_ext_virtual.so")
+    c = lib.c
+    for name, restype, argtypes in [
+            ("vgpu_set", ctypes.c_int, [ctypes.c_char_p, ctypes.c_int64]),
+            ("vgpu_map", None, [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int, ctypes.c_int]),
+            ("vgpu_unmap", ctypes.c_int, [ctypes.c_void_p]),
+            ("vgpu_reports", ctypes.c_char_p, []), ("vgpu_counters", ctypes.c_char_p, []), ("vgpu_clear", None, []),
+            ("vgpu_error", ctypes.c_char_p, []), ("vgpu_load", ctypes.c_void_p, [ctypes.c_char_p]), ("vgpu_unload", None, [ctypes.c_void_p]),
+            ("vgpu_launch", ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p, *3 * [ctypes.POINTER(ctypes.c_uint32)], ctypes.c_uint64,
+                                           ctypes.POINTER(ctypes.c_void_p)]),
+            ("vgpu_encode_tiled", ctypes.c_int, [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+                                                 ctypes.c_void_p, ctypes.c_void_p, *4 * [ctypes.c_int]]),
+            ("vgpu_describe", ctypes.c_char_p, [ctypes.c_void_p]), ("vgpu_library_modules", ctypes.c_int, []),
+            ("vgpu_library_module", ctypes.c_void_p, [ctypes.c_int]), ("vgpu_text", ctypes.c_char_p, [ctypes.c_void_p])]:
+        function = getattr(c, name)
+        function.restype, function.argtypes = restype, argtypes
+    return lib
+
+
+@functools.cache
+def compile(source, arch, *options):
+    """PTX of a CUDA source file next to this one ("80", "90", "90a")."""
+    path = Path(__file__).parent / source
+    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", "-I", CSRC, f"-arch=compute_{arch}", *options, "-o", "-", path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def memory_of(array):
+    """(address, bytes) from the first to the last element of an array in its own strides."""
+    low = sum((n - 1) * s for n, s in zip(array.shape, array.strides) if s < 0)
+    high = sum((n - 1) * s for n, s in zip(array.shape, array.strides) if s > 0)
+    return array.ctypes.data + low, high - low + array.itemsize if array.size else 0
+
+
+class TensorMap:
+    """A CUtensorMap of a 2D or 3D array; `box` and the array's shape outermost first. swizzle: 0, 32, 64 or 128 bytes."""
+    TYPES = {"uint8": 0, "uint16": 9, "float16": 6, "float32": 7, "int32": 3}
+
+    def __init__(self, array, box, swizzle=0):
+        self.array, self.box, self.swizzle = array, tuple(box), swizzle
+
+    def arguments(self):
+        """For cuTensorMapEncodeTiled after the map itself."""
+        a = self.array
+        assert a.strides[-1] == a.itemsize
+        dims = (ctypes.c_uint64 * a.ndim)(*a.shape[::-1])
+        strides = (ctypes.c_uint64 * a.ndim)(*a.strides[-2::-1])
+        box = (ctypes.c_uint32 * a.ndim)(*self.box[::-1])
+        ones = (ctypes.c_uint32 * a.ndim)(*[1] * a.ndim)
+        return self.TYPES[a.dtype.name], a.ndim, dims, strides, box, ones, 0, {0: 0, 32: 1, 64: 2, 128: 3}[self.swizzle], 0, 0
+
+
+class Gpu:
+    """The virtual GPU's settings. There is one device: the last Gpu made is the one that runs.
+
+    arch: 80 or 90 (sm_90a). seed: of the schedule. random_completion: asynchronous work completes at random moments, not at
+    the last legal one. sm_count: few, so that persistent kernels loop."""
+    virtual = True
+
+    def __init__(self, arch=90, seed=0, random_completion=False, sm_count=4, **options):
+        self.lib, self.arch = library(), arch
+        self.settings = dict(architecture=arch, seed=seed, random_completion=random_completion, sm_count=sm_count,
+                             instruction_limit=20_000_000_000, max_reports=20) | options
+        self.counters = []
+
+    def start(self):
+        for name, value in self.settings.items():
+            assert self.lib.c.vgpu_set(name.encode(), int(value)) == 0, name
+        self.lib.c.vgpu_clear()
+
+    def finish(self):
+        """Takes the counters; raises Failure if there are reports."""
+        self.counters += json.loads(self.lib.c.vgpu_counters())
+        reports = json.loads(self.lib.c.vgpu_reports())
+        self.lib.c.vgpu_clear()
+        if reports:
+            raise Failure(reports)
+
+    def mapped(self, arrays):
+        """Context in which these (name, array, writable, initialised) are device memory."""
+        return _Mapped(self.lib.c, arrays)
+
+    def module(self, ptx):
+        return Module(self, ptx)
+
+    def call(self, op, outputs=(), **fields):
+        """An op of the C API on numpy arrays. outputs: names of the fields that it only writes; they may be strided."""
+        arrays = [(name, x, name in outputs or name in MUTATED.get(op, ()), name not in outputs) for name, x in fields.items() if isinstance(x, np.ndarray)]
+        self.start()
+        context = self.lib.context(arch={80: "sm80", 90: "sm90"}[self.arch], device="cuda")
+        size = self.lib.workspace_size(op, context, **fields)
+        workspace = np.full(max(size, 1), 0xFF, np.uint8)
+        with self.mapped(arrays + [("workspace", workspace, True, False)]):
+            self.lib.call(op, context, workspace=workspace[:size], **fields)
+            self.finish()
+
+
+MUTATED = {"apply_rope": ("q", "k"), "rolling_attention": ("k_cache", "v_cache")}
+
+
+class _Mapped:
+    def __init__(self, c, arrays):
+        self.c, self.ranges = c, {}
+        for name, array, writable, initialised in arrays:
+            address, size = memory_of(array)
+            if size:
+                self.ranges[address] = (size, name, writable, initialised)
+
+    def __enter__(self):
+        for address, (size, name, writable, initialised) in self.ranges.items():
+            self.c.vgpu_map(address, size, name.encode(), writable, initialised)
+
+    def __exit__(self, *error):
+        for address in self.ranges:
+            self.c.vgpu_unmap(address)
+
+
+class Module:
+    """Kernels from PTX text."""
+
+    def __init__(self, gpu, ptx):
+        self.gpu, self.c = gpu, gpu.lib.c
+        self.handle = self.c.vgpu_load(ptx.encode())
+        if not self.handle:
+            raise LaunchError(self.c.vgpu_error().decode())
+        self.kernels = {k["kernel"]: k for k in json.loads(self.c.vgpu_describe(self.handle))}
+
+    def __del__(self):
+        if getattr(self, "handle", None):
+            self.c.vgpu_unload(self.handle)
+
+    def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=()):
+        """Runs a kernel. kernel: its name, or a part of its mangled name that one kernel has. args: numpy arrays (device memory),
+        numpy scalars, TensorMaps. written: indices of the arrays that it may write (None: all). fresh: indices of those whose
+        contents are undefined when it starts."""
+        names = [name for name in self.kernels if name == kernel] or [name for name in self.kernels if kernel in name]
+        assert len(names) == 1, f"{kernel}: {names} of {list(self.kernels)}"
+        arrays, pointers, keep = [], [], []
+        for i, (value, size) in enumerate(zip(args, self.kernels[names[0]]["params"], strict=True)):
+            if isinstance(value, TensorMap):
+                block_ = np.zeros(256, np.uint8)
+                start = -block_.ctypes.data % 64
+                if self.c.vgpu_encode_tiled(block_.ctypes.data + start, *value.arguments()[:2], value.array.ctypes.data, *value.arguments()[2:]):
+                    raise LaunchError(f"argument {i}: cuTensorMapEncodeTiled refused a box of {value.box} of shape {value.array.shape}")
+                arrays.append((f"argument {i}", value.array, written is None or i in written, i not in fresh))
+                keep.append(block_)
+                pointers.append(block_.ctypes.data + start)
+                continue
+            if isinstance(value, np.ndarray):
+                arrays.append((f"argument {i}", value, written is None or i in written, i not in fresh))
+                value = np.uint64(value.ctypes.data)
+            value = np.array(value)
+            assert value.nbytes == size, f"argument {i} of {kernel}: {size} bytes, got {value.nbytes}"
+            keep.append(value)
+            pointers.append(value.ctypes.data)
+        three = lambda x, fill: (ctypes.c_uint32 * 3)(*((x,) if isinstance(x, int) else tuple(x)), *[fill] * (3 - len((x,) if isinstance(x, int) else tuple(x))))
+        self.gpu.start()
+        with self.gpu.mapped(arrays):
+            failed = self.c.vgpu_launch(self.handle, names[0].encode(), three(grid, 1), three(block, 1), three(cluster, 1 if cluster else 0), shared,
+                                        (ctypes.c_void_p * max(1, len(pointers)))(*pointers))
+            if failed:
+                raise LaunchError(self.c.vgpu_error().decode())
+            self.gpu.finish()
+
+
+@functools.cache
+def resources(ptx):
+    """What ptxas says of each kernel: {name: dict(registers, spills, shared, warnings)}."""
+    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
+    done = subprocess.run(["ptxas", "-v", f"-arch={arch}", "-o", "/dev/null", "/dev/stdin"], input=ptx, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, name, warnings = {}, None, [line for line in done.stderr.splitlines() if "warning" in line.lower() or "Potential Performance Loss" in line]
+    for line in done.stderr.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            name = match[1]
+            found[name] = dict(registers=0, spills=0, shared=0, warnings=[w for w in warnings if name in w])
+        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            found[name]["spills"] = int(match[1]) + int(match[2])
+        elif match := re.search(r"Used (\d+) registers", line):
+            found[name]["registers"] = int(match[1])
+            if shared := re.search(r"(\d+) bytes smem", line):
+                found[name]["shared"] = int(shared[1])
+    return found
