@@ -227,6 +227,17 @@ struct RealMax {
 struct Rcp { template <class X> static X of(X a) { return 1 / a; } };
 struct Sqrt { template <class X> static X of(X a) { return std::sqrt(a); } };
 struct Rsqrt { template <class X> static X of(X a) { return (X)(1 / std::sqrt((double)a)); } };
+// 9.7.3 rcp.approx.ftz.f64, rsqrt.approx.ftz.f64: from and to the upper 32 bits of a double, to start Newton's method with
+template <class Op>
+struct Gross {
+  static double of(double a) {
+    const auto upper = [](double x, uint64_t half) {
+      const double r = bit_cast<double>((bit_cast<uint64_t>(x) + half) & 0xffffffff00000000u);
+      return std::fabs(x) < 0x1p-1022 ? std::copysign(0.0, x) : x == x ? r : bit_cast<double>(0x7fffffff00000000u);
+    };
+    return upper(Op::of(upper(a, 0)), 0x80000000u);
+  }
+};
 struct Ex2 { static float of(float a) { return std::exp2(a); } };
 struct Lg2 { static float of(float a) { return std::log2(a); } };
 struct Sin { static float of(float a) { return (float)std::sin((double)a); } };
@@ -647,7 +658,15 @@ bool testp(Form &f, Plan &p) {
 
 bool abs(Form &f, Plan &p) { return same<Abs, 1, Signed>(f, p) || real<RealAbs, void, 1, Reals>(f, p); }
 bool neg(Form &f, Plan &p) { return same<Neg, 1, Signed>(f, p) || real<RealNeg, void, 1, Reals>(f, p); }
-bool rcp(Form &f, Plan &p) { return f.take("approx") ? real<Rcp, void, 1, Single>(f, p) : real<Rcp, void, 1, Singles>(f, p); }
+template <class Op>
+bool gross(Form &f, Plan &p) {
+  return f.type() == Type::kF64 && f.take("ftz") && p.set(integer<Gross<Op>, double, double>, Type::kF64, {Type::kF64}, Class::kFloat);
+}
+bool rcp(Form &f, Plan &p) {
+  if (f.take("approx")) return gross<Rcp>(f, p) || real<Rcp, void, 1, Single>(f, p);
+  return real<Rcp, void, 1, Singles>(f, p);
+}
+bool rsqrt(Form &f, Plan &p) { return f.take("approx") && (gross<Rsqrt>(f, p) || real<Rsqrt, void, 1, Singles>(f, p)); }
 bool sqrt(Form &f, Plan &p) { return f.take("approx") ? real<Sqrt, void, 1, Single>(f, p) : real<Sqrt, void, 1, Singles>(f, p); }
 bool bfind(Form &f, Plan &p) {
   return f.take("shiftamt") ? count_bits<BFind<true>, SignedWords>(f, p) : count_bits<BFind<false>, SignedWords>(f, p);
@@ -665,7 +684,7 @@ bool decode_arithmetic(Decoder &d, const Statement &s, Inst &in) {
       {"shl", shift<ShiftLeft>}, {"shr", shift<ShiftRight>}, {"and", binary_logic<And, kAnd>}, {"or", binary_logic<Or, kOr>},
       {"xor", binary_logic<Xor, kXor>}, {"not", logic_inverse}, {"cnot", same<CNot, 1, Bits>}, {"setp", setp}, {"set", set},
       {"selp", selp}, {"slct", slct}, {"testp", testp}, {"copysign", same<CopySign, 2, Singles>}, {"rcp", rcp}, {"sqrt", sqrt},
-      {"rsqrt", approximate<Rsqrt, Singles>}, {"ex2", approximate<Ex2, Small>}, {"lg2", approximate<Lg2, Single>},
+      {"rsqrt", rsqrt}, {"ex2", approximate<Ex2, Small>}, {"lg2", approximate<Lg2, Single>},
       {"sin", approximate<Sin, Single>}, {"cos", approximate<Cos, Single>}, {"tanh", approximate<Tanh, Small>}};
   const auto family = families.find(s.parts[0]);
   if (family == families.end()) return false;

@@ -254,11 +254,14 @@ bool complete_some(Launch &launch) {
     size_t index;
   };
   std::vector<Choice> choices;
-  for (size_t i = 0; i < launch.queue.bulk.size(); ++i) choices.push_back({i, nullptr, 0});
+  const bool any = launch.options.random_completion;
+  for (size_t i = 0; i < launch.queue.bulk.size(); ++i)
+    if (any || !launch.queue.bulk[i]->store) choices.push_back({i, nullptr, 0});
   for (auto &c : launch.clusters)
     for (auto &cta : c->ctas)
       for (auto &warp : cta->warps)
-        for (size_t i = 0; i < warp->async.copies.size(); ++i) choices.push_back({0, warp.get(), i});
+        for (size_t i = 0; i < warp->async.copies.size(); ++i)
+          if (any || warp->async.copies[i].arrive) choices.push_back({0, warp.get(), i});
   if (choices.empty()) return false;
   const Choice c = choices[launch.random() % choices.size()];
   ++launch.changes;
@@ -287,10 +290,8 @@ bool complete_some(Launch &launch) {
 }
 
 void report_in_flight(Launch &launch, const Actor &who, uint64_t address, bool global, bool write) {
-  const char *const verb = write ? "writes" : "reads";
   const auto say = [&](const Inst *inst, const char *what) {
-    launch.report("in-flight", who.warp, __builtin_ctz(who.lanes), who.inst, std::string(verb) + (global ? " global" : " shared") + " address " +
-                  std::to_string(address) + ", which " + what + (inst ? " at " + launch.program->where(*inst) : "") + " has not finished with");
+    launch.report("in-flight", who.warp, __builtin_ctz(who.lanes), who.inst, std::string(write ? "writes " : "reads ") + launch.place(address, global) + ", which " + what + (inst ? " at " + launch.program->where(*inst) : "") + " has not finished with");
   };
   const auto covers = [&](const Piece &p) {
     const uint64_t begin = global ? p.global : p.shared;

@@ -61,8 +61,8 @@ struct AsyncQueue {
   std::deque<std::unique_ptr<BulkCopy>> bulk;
 };
 
-// Completes one piece of pending work, chosen at random; false if there is none. Called when nothing else can go on (late)
-// or at random moments.
+// Completes one piece of pending work, chosen at random; false if there is none. Called at random moments or, if completion is
+// late, when nothing else can go on: then only what somebody may wait for at an mbarrier. (Groups complete in their wait.)
 bool complete_some(Launch &launch);
 void complete_load(Launch &launch, BulkCopy &copy);
 void free_source(Launch &launch, BulkCopy &copy);       // stores: reads shared memory

@@ -55,6 +55,11 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
   std::vector<Fragment *> all;
   // .aligned: all threads of the warp are at this very instruction.
   const uint32_t key = in.c ? 0x10000000u + f.pc : 0x20000000u + id;
+  if (in.c && w.exited != w.absent) {
+    w.launch().report("divergent-collective", &w, first, &in, "an aligned barrier of a warp of which some lanes have exited: all of them must execute it");
+    w.launch().stop = true;
+    return Flow::kJumped;
+  }
   if (!gather(w, f, in, required, key, all)) return Flow::kWait;
   if (id > 15 || (in.d && (threads == 0 || threads % 32 || threads > 1024))) {
     w.launch().report("barrier", &w, first, &in, "expected a barrier from 0 to 15 and a thread count that is a multiple of 32 up to 1024, got barrier " +
@@ -198,7 +203,7 @@ Flow mbarrier_object(Warp &w, Fragment &f, const Inst &in) {
     if (address >> 56) address &= ~kSharedWindow;
     const Span span = resolve(w, l, in, Space::kShared, address, 8, 8, true);
     if (!span.data) return Flow::kNext;
-    span.shadow->touch(span.cells, address - kSharedBase, 8, true, actor(w, l, in));
+    span.shadow->touch(span.cells, span.at, 8, true, actor(w, l, in));
     auto &all = w.cta->barriers.mbarriers;
     if (in.a == 1) {
       if (!all.erase((uint32_t)address)) launch.report("mbarrier", &w, l, &in, "there is no mbarrier to invalidate here");

@@ -134,26 +134,27 @@ void cvt_to_real(Warp &w, const Inst &in, Mask m) {
   with_real(in.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     Lane32or64<T> to[32];
-    for (int l = 0; l < 32; ++l) {
-      if constexpr (std::is_same_v<T, double>)
-        to[l] = to_lane(clamp_result(x[l], modifiers));
-      else
-        to[l] = to_lane(result<T>(x[l], modifiers, mode));
+    if constexpr (std::is_same_v<T, double>) {
+      for (int l = 0; l < 32; ++l) to[l] = to_lane(clamp_result(x[l], modifiers));
+    } else if (modifiers || mode != kNearest) {
+      for (int l = 0; l < 32; ++l) to[l] = to_lane(result<T>(x[l], modifiers, mode));
+    } else {
+      for (int l = 0; l < 32; ++l) to[l] = to_lane(result<T>(x[l], 0, kNearest));
     }
     store_lanes(w, in.r[0], to, m, w.unit_poison[in.r[1]]);
   });
 }
 
 // .f16x2 and .bf16x2 of two f32: the first becomes the upper half. And one value alone.
-template <class T, int kCount>
+template <class T, int kCount, bool kPlain>
 void cvt_single(Warp &w, const Inst &in, Mask m) {
+  const int modifiers = kPlain ? 0 : in.a, mode = kPlain ? kNearest : in.b;
   uint32_t to[32];
   Mask poison = 0;
   for (int i = 0; i < kCount; ++i) {
     const uint32_t *from = w.at<uint32_t>(in.r[1 + i]);
-    const bool ftz = in.a & kFtz;
     for (int l = 0; l < 32; ++l) {
-      const uint32_t r = result<T>((double)flush<float>(from_lane<float>(from[l]), ftz), in.a & ~kFtz, in.b).bits;
+      const uint32_t r = result<T>((double)flush<float>(from_lane<float>(from[l]), modifiers & kFtz), modifiers & ~kFtz, mode).bits;
       to[l] = i ? to[l] << 16 | r : r;
     }
     poison |= w.unit_poison[in.r[1 + i]];
@@ -209,8 +210,12 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
   const bool packed = in.type == Type::kF16x2 || in.type == Type::kBF16x2;
   if (packed || (type_bytes(in.type) == 2 && is_real(in.type) && in.type2 == Type::kF32)) {
     if (s.operands.size() != (packed ? 3 : 2) || in.type2 != Type::kF32 || !rounds || in.a & kIntegral || !fits(d, to, in.type)) return false;
-    in.exec = packed ? (in.type == Type::kF16x2 ? cvt_single<F16, 2> : cvt_single<BF16, 2>)
-                     : (in.type == Type::kF16 ? cvt_single<F16, 1> : cvt_single<BF16, 1>);
+    const auto choose = [&](auto tag) -> Exec {
+      using T = typename decltype(tag)::type;
+      const bool plain = !in.a && in.b == kNearest;
+      return packed ? (plain ? cvt_single<T, 2, true> : cvt_single<T, 2, false>) : plain ? cvt_single<T, 1, true> : cvt_single<T, 1, false>;
+    };
+    in.exec = in.type == Type::kF16x2 || in.type == Type::kF16 ? choose(Tag<F16>()) : choose(Tag<BF16>());
     d.destination(to);
     for (size_t i = 1; i < s.operands.size(); ++i) {
       if (!fits(d, s.operands[i], Type::kF32)) return false;

@@ -75,9 +75,9 @@ enum Rounding : int { kNearest, kZero, kDown, kUp };
 inline double odd_sum(double a, double b) {
   const double sum = a + b, part = sum - a;
   const double rest = (a - (sum - part)) + (b - part);  // exact; NaN if the sum is not finite
-  const uint64_t bits = bit_cast<uint64_t>(sum);
-  const bool fix = (rest > 0 || rest < 0) & !(bits & 1);
-  return bit_cast<double>(bits + (fix ? ((rest > 0) == (sum > 0) ? 1 : ~0ull) : 0));
+  const uint64_t bits = bit_cast<uint64_t>(sum), apart = (bits ^ bit_cast<uint64_t>(rest)) >> 63;
+  const uint64_t even = 0 - (~bits & 1), step = 1 - 2 * apart;  // towards the rest
+  return bit_cast<double>(bits + (std::fabs(rest) > 0 ? step & even : 0));
 }
 
 // x rounded to the values of format T, as a double. Beyond the largest: infinity, or the largest where the mode says so.

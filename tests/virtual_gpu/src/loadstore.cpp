@@ -150,7 +150,7 @@ void load(Warp &w, const Inst &in, Mask m) {
       if (!span.cells) continue;
       const bool in_shared = is_shared(span.space);
       (in_shared ? shared : global) |= 1u << l;
-      const uint64_t at = in_shared ? address[l] & 0xffffff : address[l];
+      const uint64_t at = span.at;
       span.shadow->touch(span.cells, at, bytes, false, actor(w, l, in, strong));
       for (unsigned e = 0; e < in.vector; ++e)
         if (!span.shadow->valid(span.cells + ((at & 3) + e * element) / 4, at + e * element, element)) poison[e] |= 1u << l;
@@ -218,7 +218,7 @@ void store(Warp &w, const Inst &in, Mask m) {
     } else if (span.cells) {
       const bool in_shared = is_shared(span.space);
       (in_shared ? shared : global) |= 1u << l;
-      const uint64_t at = in_shared ? address[l] & 0xffffff : address[l];
+      const uint64_t at = span.at;
       if (undefined && !in_shared) check_poison(w, in, 1u << l, "global memory");
       span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strong));
       for (unsigned e = 0; undefined && e < in.vector; ++e)
@@ -295,7 +295,7 @@ void atom(Warp &w, const Inst &in, Mask m) {
     if (!span.data || !span.cells) continue;
     const bool in_shared = is_shared(span.space);
     (in_shared ? shared : global) |= 1u << l;
-    const uint64_t at = in_shared ? address[l] & 0xffffff : address[l];
+    const uint64_t at = span.at;
     if (!span.shadow->valid(span.cells, at, bytes)) check_poison(w, in, 1u << l, "an atomic: the memory it changes was never written");
     memcpy(&old[l], span.data, bytes);
     const uint64_t a = w.address(in.r[2], l, wide), b = in.c == kCas ? w.address(in.r[3], l, wide) : 0;

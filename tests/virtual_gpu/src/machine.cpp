@@ -16,7 +16,7 @@ void Launch::report(const char *kind, const Warp *warp, int lane, const Inst *in
   if (warp) r.thread = who(*warp, 1u << lane);
   if (inst) {
     r.where = program->where(*inst);
-    if (inst->statement) r.statement = inst->statement->text;
+    if (inst->statement) r.statement = inst->statement->text.size() > 160 ? inst->statement->text.substr(0, 157) + "..." : inst->statement->text;
   }
   r.text = text;
   if (!reports->add(r, options.max_reports)) stop = true;
@@ -42,6 +42,12 @@ std::string Launch::who(const Access &access) const {
   else
     s += "an asynchronous copy";
   return s + " (" + program->where(program->code[access.statement]) + ")";
+}
+
+std::string Launch::place(uint64_t address, bool in_global) const {
+  if (!in_global) return "shared byte " + std::to_string(address);
+  const Allocation *a = global->nearest(address);
+  return a ? "byte " + std::to_string(address - a->address) + " of " + a->name : "address " + std::to_string(address);
 }
 
 bool check_poison(Warp &warp, const Inst &in, Mask poison, const char *what) {
@@ -263,7 +269,7 @@ void start_warp(Warp &warp, const Launch &launch) {
   warp.predicate_poison.assign((size_t)program.predicates, kAllLanes);
   warp.local.assign((size_t)program.local_bytes * 32, 0xbd);
   warp.local_valid.assign((size_t)program.local_bytes * 32, false);
-  warp.exited = ~mask;
+  warp.exited = warp.absent = ~mask;
   warp.fragments.reserve(80);
   Fragment whole;
   whole.mask = mask;
@@ -480,16 +486,19 @@ void Launch::deadlock() {
   const Inst *first = nullptr;
   const Warp *first_warp = nullptr;
   int shown = 0;
+  bool divergent = false;  // some lanes of a warp wait for others at a collective
   for (auto &c : clusters)
     for (auto &cta : c->ctas)
       for (auto &warp : cta->warps)
         for (const Fragment &f : warp->fragments) {
           if (!f.mask) continue;
           const Inst &in = program->code[f.pc];
-          if (!first || (f.state == Fragment::kWaiting && first_warp == nullptr)) first = &in, first_warp = warp.get();
+          const bool collective = f.state == Fragment::kWaiting && f.wait.kind == WaitFor::kCollective;
+          if (!first || (collective && !divergent)) first = &in, first_warp = warp.get();
+          divergent |= collective;
           if (++shown > 24) continue;
           text += "\n  " + who(*warp, f.mask) + (f.state == Fragment::kPolling ? " polls near " : " waits at ") + program->where(in) + ": " +
-                  (in.statement ? in.statement->text : "");
+                  (in.statement ? in.statement->text.substr(0, 80) : "");
         }
   for (auto &c : clusters)
     for (auto &cta : c->ctas)
@@ -499,7 +508,7 @@ void Launch::deadlock() {
                   std::to_string(b.phase) + " lacks " + std::to_string(b.pending) + " of " + std::to_string(b.count) + " arrivals and " +
                   std::to_string(b.transactions) + " bytes";
   if (shown > 24) text += "\n  ..";
-  report("deadlock", first_warp, 0, first, text);
+  report(divergent ? "divergent-collective" : "deadlock", first_warp, 0, first, text);
 }
 
 void Launch::finish() {

@@ -66,7 +66,8 @@ struct Warp {
   std::vector<Fragment> fragments;
   std::vector<Split> splits;
   std::array<Lane, 32> lanes;
-  Mask exited = 0;
+  Mask exited = 0;            // and lanes that never were
+  Mask absent = 0;            // only those
   bool looked = false;        // executed a strong load since its last backward branch
   uint64_t priority = 0;
   std::array<uint64_t, 32> cluster_phase{};  // of barrier.cluster, when the lane arrived
@@ -126,6 +127,7 @@ struct Launch {
   void report(const char *kind, const Warp *warp, int lane, const Inst *inst, const std::string &text);
   std::string who(const Warp &warp, Mask lanes) const;      // "block (0,0,0) thread 5"
   std::string who(const Access &access) const;
+  std::string place(uint64_t address, bool global) const;   // "byte 12 of argument 0", "shared byte 12"
 
  private:
   void start();

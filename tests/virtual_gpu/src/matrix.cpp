@@ -119,7 +119,7 @@ Flow matrix_access(Warp &w, Fragment &f, const Inst &in) {
         }
         for (int e = 0; e < 8; ++e) {
           const int lane = in.b ? e * 4 + row / 2 : row * 4 + e / 2, part = in.b ? row % 2 : e % 2;
-          const uint64_t at = address[provider] + (uint64_t)e * 2;
+          const uint64_t at = span.at + (uint64_t)e * 2;
           Cell *cell = span.cells + e / 2;
           if (in.c) {
             span.shadow->touch(cell, at, 2, true, actor(w, lane, in));

@@ -97,7 +97,7 @@ inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const
   if (access.flags & actor.flags & kStrong) return;
   if (!happened_before(access, actor.clock, actor)) {
     actor.launch->report("race", actor.warp, __builtin_ctz(actor.lanes), actor.inst,
-                         std::string(write ? "writes" : "reads") + " address " + std::to_string(address) + ", which " +
+                         std::string(write ? "writes " : "reads ") + actor.launch->place(address, global_) + ", which " +
                              actor.launch->who(access) + (access.flags & kWrite ? " wrote" : " read") + " without a barrier between them");
     return;
   }
@@ -105,7 +105,7 @@ inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const
   if ((actor.flags & kAsyncProxy) && !(access.flags & kAsyncProxy) && (access.flags & kWrite) && !write &&
       !known(actor.visible, access, access.lanes))
     actor.launch->report("proxy", actor.warp, __builtin_ctz(actor.lanes), actor.inst,
-                         "the async proxy reads shared address " + std::to_string(address) + ", which " + actor.launch->who(access) +
+                         "the async proxy reads " + actor.launch->place(address, global_) + ", which " + actor.launch->who(access) +
                              " wrote with an ordinary store, without fence.proxy.async after the store");
 }
 
@@ -310,7 +310,7 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
     }
     if (write && (!a->writable || space == Space::kConst))
       return fail("read-only", verb + std::to_string(bytes) + " bytes, " + std::to_string(address - a->address) + " bytes into " + a->name + ", which is an input");
-    return {(uint8_t *)address, space == Space::kConst ? nullptr : launch.global->cells(address, launch.id), &launch.global->shadow(), space};
+    return {(uint8_t *)address, space == Space::kConst ? nullptr : launch.global->cells(address, launch.id), &launch.global->shadow(), space, address};
   }
   if (space == Space::kShared || space == Space::kSharedCluster) {
     Cta *cta = warp.cta;
@@ -327,17 +327,17 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
       return fail("out-of-range", verb + std::to_string(bytes) + " bytes at shared address " + std::to_string((int64_t)address - kSharedBase) + " of " +
                                       std::to_string(cta->shared.data.size()) + " bytes");
     const uint64_t offset = address - kSharedBase;
-    return {&cta->shared.data[offset], &cta->shared.cells[offset / 4], &cta->shared.shadow, space};
+    return {&cta->shared.data[offset], &cta->shared.cells[offset / 4], &cta->shared.shadow, space, offset};
   }
   if (space == Space::kParam) {
     if (address + bytes > launch.params.size() || write)
       return fail("out-of-range", verb + std::to_string(bytes) + " bytes at parameter offset " + std::to_string(address) + " of " + std::to_string(launch.params.size()));
-    return {&launch.params[address], nullptr, nullptr, space};
+    return {&launch.params[address], nullptr, nullptr, space, address};
   }
   const uint32_t local = launch.program->local_bytes;
   if (address + bytes > local)
     return fail("out-of-range", verb + std::to_string(bytes) + " bytes at local address " + std::to_string(address) + " of " + std::to_string(local) + " bytes");
-  return {&warp.local[(size_t)lane * local + address], nullptr, nullptr, Space::kLocal};
+  return {&warp.local[(size_t)lane * local + address], nullptr, nullptr, Space::kLocal, address};
 }
 
 }  // namespace vgpu

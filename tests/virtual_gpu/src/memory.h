@@ -67,6 +67,7 @@ struct Span {
   Cell *cells = nullptr;     // null: no shadow (param, const, local)
   Shadow *shadow = nullptr;
   Space space = Space::kGeneric;
+  uint64_t at = 0;           // what the shadow calls the address: global, or the offset in the block's shared memory
 };
 
 // "Device memory" is host memory that was mapped: what is not mapped is out of range.

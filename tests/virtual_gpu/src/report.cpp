@@ -8,7 +8,7 @@ const char *const kClassNames[] = {"integer", "float", "convert", "move", "contr
                                    "store_shared", "local", "atomic", "collective", "barrier", "async", "matrix"};
 
 bool Reports::add(const Report &report, int limit) {
-  if (counts_[report.kind + "|" + report.kernel + "|" + report.where + "|" + report.statement]++ > 0) return true;
+  if (counts_[report.kind + "|" + report.kernel + "|" + report.where]++ > 0) return true;
   reports_.push_back(report);
   return (int)reports_.size() < limit;
 }
@@ -17,7 +17,9 @@ std::string json_string(const std::string &s) {
   std::string out = "\"";
   for (const char c : s) {
     if (c == '"' || c == '\\') out += '\\';
-    if ((unsigned char)c < 32)
+    if (c == '\n')
+      out += "\\n";
+    else if ((unsigned char)c < 32)
       out += ' ';
     else
       out += c;
@@ -28,7 +30,7 @@ std::string json_string(const std::string &s) {
 std::string Reports::json() const {
   std::string out = "[";
   for (const Report &r : reports_) {
-    const int times = counts_.at(r.kind + "|" + r.kernel + "|" + r.where + "|" + r.statement);
+    const int times = counts_.at(r.kind + "|" + r.kernel + "|" + r.where);
     out += (out.size() > 1 ? ", " : "") + std::string("{\"kind\": ") + json_string(r.kind) + ", \"kernel\": " + json_string(r.kernel) +
            ", \"where\": " + json_string(r.where) + ", \"thread\": " + json_string(r.thread) + ", \"text\": " + json_string(r.text) +
            ", \"statement\": " + json_string(r.statement) + ", \"times\": " + std::to_string(times) + "}";
