@@ -17,7 +17,7 @@ enum Bug { kNone, kWrongParity, kWrongBytes, kEarlyRelease, kReadBeforeWait, kNo
 // kCluster = 2: two blocks take neighbouring rows of tiles and load half of B each for both.
 constexpr int kTile = 128, kTileK = 64, kStages = 3;
 constexpr int kOperandBytes = kTile * kTileK * 2, kStageBytes = 2 * kOperandBytes, kOutBytes = 64 * kTile * 2;
-constexpr int kOutOffset = kStages * kStageBytes, kBarrierOffset = kOutOffset + 2 * kOutBytes, kSharedBytes = kBarrierOffset + 2 * kStages * 8;
+constexpr int kOutOffset = kStages * kStageBytes, kBarrierOffset = kOutOffset + 2 * kOutBytes;
 
 template <int kCluster, int kBug>
 __device__ void gemm(const CUtensorMap &a_map, const CUtensorMap &b_map, const CUtensorMap &c_map, int m, int n, int k) {

@@ -141,6 +141,11 @@ class Gpu:
     def module(self, ptx):
         return Module(self, ptx)
 
+    def library_ptx(self):
+        """The PTX texts of the library's own kernels, for resources()."""
+        c = self.lib.c
+        return [c.vgpu_text(c.vgpu_library_module(i)).decode() for i in range(c.vgpu_library_modules())]
+
     def call(self, op, outputs=(), **fields):
         """An op of the C API on numpy arrays. outputs: names of the fields that it only writes; they may be strided."""
         arrays = [(name, x, name in outputs or name in MUTATED.get(op, ()), name not in outputs) for name, x in fields.items() if isinstance(x, np.ndarray)]
@@ -227,11 +232,12 @@ def resources(ptx):
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]
     done = subprocess.run(["ptxas", "-v", f"-arch={arch}", "-o", "/dev/null", "/dev/stdin"], input=ptx, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, name, warnings = {}, None, [line for line in done.stderr.splitlines() if "warning" in line.lower() or "Potential Performance Loss" in line]
+    found, name = {}, None
+    warnings = [line for line in done.stderr.splitlines() if re.search(r"\(C\d+\)|warning", line)]  # C75xx: what ptxas does to wgmma
     for line in done.stderr.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)'", line):
             name = match[1]
-            found[name] = dict(registers=0, spills=0, shared=0, warnings=[w for w in warnings if name in w])
+            found[name] = dict(registers=0, spills=0, shared=0, warnings=[w for w in warnings if f"'{name}'" in w])
         elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             found[name]["spills"] = int(match[1]) + int(match[2])
         elif match := re.search(r"Used (\d+) registers", line):

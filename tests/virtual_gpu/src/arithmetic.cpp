@@ -45,7 +45,8 @@ struct Sub { template <class T> static T of(T a, T b) { return (T)((Wrap<T>)a - 
 template <class Op>
 struct Saturate {  // .sat of add and sub, .s32 only
   static int32_t of(int32_t a, int32_t b) {
-    return (int32_t)std::clamp<int64_t>(Op::template of<int64_t>(a, b), std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max());
+    using Limits = std::numeric_limits<int32_t>;
+    return (int32_t)std::clamp<int64_t>(Op::template of<int64_t>(a, b), Limits::min(), Limits::max());
   }
 };
 struct MulLo { template <class T> static T of(T a, T b) { return (T)((Wrap<T>)a * (Wrap<T>)b); } };
@@ -54,11 +55,13 @@ struct MulWide { template <class T> static Double<T> of(T a, T b) { return (Doub
 template <class Mul>
 struct Mad { template <class T, class C> static C of(T a, T b, C c) { return Add::of<C>((C)Mul::of(a, b), c); } };
 struct Sad { template <class T> static T of(T a, T b, T c) { return Add::of(c, a < b ? Sub::of(b, a) : Sub::of(a, b)); } };
+template <class T>
+bool minus_one(T b) { return std::is_signed_v<T> && b == (T)-1; }  // least / -1 must not trap
 struct Div {
-  template <class T> static T of(T a, T b) { return b == 0 ? (T)-1 : b == (T)-1 && std::is_signed_v<T> ? Sub::of(T(0), a) : (T)(a / b); }
+  template <class T> static T of(T a, T b) { return b == 0 ? (T)-1 : minus_one(b) ? Sub::of(T(0), a) : (T)(a / b); }
 };
 struct Rem {
-  template <class T> static T of(T a, T b) { return b == 0 ? a : b == (T)-1 && std::is_signed_v<T> ? T(0) : (T)(a % b); }
+  template <class T> static T of(T a, T b) { return b == 0 ? a : minus_one(b) ? T(0) : (T)(a % b); }
 };
 struct Abs { template <class T> static T of(T a) { return a < 0 ? Sub::of(T(0), a) : a; } };
 struct Neg { template <class T> static T of(T a) { return Sub::of(T(0), a); } };
@@ -76,7 +79,9 @@ struct Mul24 {
 
 // 9.7.1 popc, clz, bfind, brev
 struct PopC { template <class T> static uint32_t of(T a) { return (uint32_t)__builtin_popcountll(a); } };
-struct Clz { template <class T> static uint32_t of(T a) { return a ? (uint32_t)__builtin_clzll(a) - (64 - kBits<T>) : kBits<T>; } };
+struct Clz {
+  template <class T> static uint32_t of(T a) { return a ? (uint32_t)__builtin_clzll(a) - (64 - kBits<T>) : kBits<T>; }
+};
 template <bool kShift>  // .shiftamt: how far left the found bit would have to go; nothing found is all ones either way
 struct BFind {
   template <class T> static uint32_t of(T a) {
@@ -123,7 +128,9 @@ struct SzExt {
 };
 template <bool kClamp>
 struct BMsk {
-  static uint32_t of(uint32_t a, uint32_t b) { return ShiftLeft::of(low_mask<uint32_t>(kClamp ? b : b & 31), kClamp ? a : a & 31); }
+  static uint32_t of(uint32_t a, uint32_t b) {
+    return ShiftLeft::of(low_mask<uint32_t>(kClamp ? b : b & 31), kClamp ? a : a & 31);
+  }
 };
 
 // 9.7.8 and, or, xor, not, cnot, lop3, shf
@@ -152,13 +159,22 @@ struct Shf {
 enum PrmtMode { kDefault, kF4e, kB4e, kRc8, kEcl, kEcr, kRc16 };
 template <PrmtMode kMode>
 struct Prmt {
+  static uint32_t select(uint32_t c, uint32_t n, uint32_t i) {
+    switch (kMode) {
+      case kDefault: return c >> 4 * i & 15;
+      case kF4e: return n + i;
+      case kB4e: return (n - i) & 7;
+      case kRc8: return n;
+      case kEcl: return std::max(n, i);
+      case kEcr: return std::min(n, i);
+      default: return (n & 1) * 2 + (i & 1);
+    }
+  }
   static uint32_t of(uint32_t a, uint32_t b, uint32_t c) {
     const uint64_t bytes = (uint64_t)b << 32 | a;
-    const uint32_t n = c & 3;
     uint32_t r = 0;
     for (uint32_t i = 0; i < 4; ++i) {
-      const uint32_t selector = kMode == kDefault ? c >> 4 * i & 15 : kMode == kF4e ? n + i : kMode == kB4e ? (n - i) & 7 : kMode == kRc8 ? n
-                                : kMode == kEcl ? std::max(n, i) : kMode == kEcr ? std::min(n, i) : (n & 1) * 2 + (i & 1);
+      const uint32_t selector = select(c, c & 3, i);
       const uint32_t byte = (uint32_t)(bytes >> 8 * (selector & 7)) & 255;
       r |= (selector & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
     }
@@ -256,6 +272,12 @@ struct OddSub { static double of(double a, double b, int mode) { return OddAdd::
 struct OddMul { static double of(double a, double b, int) { return a * b; } };
 struct OddFma { static double of(double a, double b, double c, int mode) { return OddAdd::of(a * b, c, mode); } };
 
+template <class T>
+auto part_of(Lane32or64<T> lane, int half) {
+  using Part = typename Format<T>::Part;
+  return widen(from_lane<Part>((Lane32or64<Part>)(lane >> 16 * half)));
+}
+
 // Op on lanes of T, or of both parts of T. kOdd: Op is one of the Odd ones. in.a: modifiers, in.b: rounding mode.
 template <class Op, class T, bool kOdd, bool kModified, size_t... I>
 void real_lanes(Warp &w, const Inst &in, Mask m, std::index_sequence<I...>) {
@@ -267,7 +289,7 @@ void real_lanes(Warp &w, const Inst &in, Mask m, std::index_sequence<I...>) {
   Lane32or64<T> to[32];
   for (int half = 0; half < 1 + kPacked; ++half)
     for (int l = 0; l < 32; ++l) {
-      const auto part = [&](auto *lanes) { return flush<Part>(widen(from_lane<Part>((Lane32or64<Part>)(lanes[l] >> 16 * half))), ftz); };
+      const auto part = [&](const auto *lanes) { return flush<Part>(part_of<T>(lanes[l], half), ftz); };
       Lane32or64<Part> r;
       if constexpr (kOdd)
         r = to_lane(result<Part>(Op::of(part(std::get<I>(from))..., mode), modifiers, mode));
@@ -325,8 +347,7 @@ Predicate compare(Warp &w, const Inst &in, int half) {
       outcome = x < y ? kLess : x == y ? kEqual : kGreater;
     } else {
       using Part = typename Format<T>::Part;
-      const auto x = flush<Part>(widen(from_lane<Part>((Lane32or64<Part>)(a[l] >> 16 * half))), ftz);
-      const auto y = flush<Part>(widen(from_lane<Part>((Lane32or64<Part>)(b[l] >> 16 * half))), ftz);
+      const auto x = flush<Part>(part_of<T>(a[l], half), ftz), y = flush<Part>(part_of<T>(b[l], half), ftz);
       outcome = x < y ? kLess : x == y ? kEqual : x > y ? kGreater : kUnordered;
     }
     value |= (Mask)((outcomes & outcome) != 0) << l;
@@ -385,7 +406,9 @@ void selp(Warp &w, const Inst &in, Mask m) {
 }
 
 // 9.7.8 and, or, xor, not of .pred
-void logic(Warp &w, const Inst &in, Mask m) { write_predicate(w, in.r[0], combine(in.b, read_predicate(w, in, 1), read_predicate(w, in, 2)), m); }
+void logic(Warp &w, const Inst &in, Mask m) {
+  write_predicate(w, in.r[0], combine(in.b, read_predicate(w, in, 1), read_predicate(w, in, 2)), m);
+}
 void logic_not(Warp &w, const Inst &in, Mask m) {
   const Predicate p = read_predicate(w, in, 1);
   write_predicate(w, in.r[0], {~p.value, p.poison}, m);
@@ -435,7 +458,8 @@ bool same(Form &f, Plan &p) {
 
 template <class Op, class List>
 bool count_bits(Form &f, Plan &p) {  // .u32 whatever the source is
-  return p.set(List::choose(f.type(), [](auto tag) -> Exec { return integer<Op, uint32_t, typename decltype(tag)::type>; }), Type::kU32, {f.type()});
+  const Exec e = List::choose(f.type(), [](auto tag) -> Exec { return integer<Op, uint32_t, typename decltype(tag)::type>; });
+  return p.set(e, Type::kU32, {f.type()});
 }
 
 template <class Op>
@@ -486,8 +510,9 @@ bool min_max(Form &f, Plan &p) {
 
 template <class Op, class Odd, class Integer>
 bool add_sub(Form &f, Plan &p) {
-  if (f.type() == Type::kS32 && f.take("sat")) return p.set(integer<Saturate<Integer>, int32_t, int32_t, int32_t>, Type::kS32, {Type::kS32, Type::kS32});
-  return (std::is_same_v<Integer, Add> && halves<Integer>(f, p)) || same<Integer, 2, Integers>(f, p) || real<Op, Odd, 2, Reals>(f, p);
+  if (f.type() == Type::kS32 && f.take("sat")) return same<Saturate<Integer>, 2, Types<int32_t>>(f, p);
+  if (std::is_same_v<Integer, Add> && halves<Integer>(f, p)) return true;
+  return same<Integer, 2, Integers>(f, p) || real<Op, Odd, 2, Reals>(f, p);
 }
 
 Type twice(Type t) {
@@ -530,7 +555,8 @@ bool mad24(Form &f, Plan &p) {
 
 template <class Op>
 bool div_rem(Form &f, Plan &p) {
-  return p.set(Integers::choose(f.type(), [](auto tag) -> Exec { return divide<Op, typename decltype(tag)::type>; }), f.type(), {f.type(), f.type()});
+  const Exec e = Integers::choose(f.type(), [](auto tag) -> Exec { return divide<Op, typename decltype(tag)::type>; });
+  return p.set(e, f.type(), {f.type(), f.type()});
 }
 bool div(Form &f, Plan &p) {
   if (div_rem<Div>(f, p)) return true;
@@ -582,7 +608,9 @@ bool funnel(Form &f, Plan &p) {
 }
 bool shf(Form &f, Plan &p) { return f.take("l") ? funnel<true>(f, p) : f.take("r") && funnel<false>(f, p); }
 bool lop3(Form &f, Plan &p) { return same<Lop3, 4, Word>(f, p); }
-bool bmsk(Form &f, Plan &p) { return f.take("clamp") ? same<BMsk<true>, 2, Word>(f, p) : f.take("wrap") && same<BMsk<false>, 2, Word>(f, p); }
+bool bmsk(Form &f, Plan &p) {
+  return f.take("clamp") ? same<BMsk<true>, 2, Word>(f, p) : f.take("wrap") && same<BMsk<false>, 2, Word>(f, p);
+}
 bool szext(Form &f, Plan &p) { return f.take("clamp") ? extend<true>(f, p) : f.take("wrap") && extend<false>(f, p); }
 
 template <class Op, int kOp>
@@ -639,7 +667,8 @@ bool slct(Form &f, Plan &p) {
   if (f.types.size() != 2 || (f.types[1] != Type::kS32 && f.types[1] != Type::kF32)) return false;
   const bool real = f.types[1] == Type::kF32;
   const Type t = f.types[0];
-  const Exec e = Bits::choose(type_bytes(t) == 8 ? Type::kB64 : type_bytes(t) == 4 ? Type::kB32 : Type::kB16, [&](auto tag) -> Exec {
+  const Type bits = type_bytes(t) == 8 ? Type::kB64 : type_bytes(t) == 4 ? Type::kB32 : Type::kB16;
+  const Exec e = Bits::choose(bits, [&](auto tag) -> Exec {
     using T = typename decltype(tag)::type;
     return real ? integer<Slct, T, T, T, float> : integer<Slct, T, T, T, int32_t>;
   });
@@ -651,7 +680,8 @@ bool testp(Form &f, Plan &p) {
   for (int i = 0; i < 6; ++i)
     if (f.take(names[i])) {
       p.a = i;
-      return p.set(Singles::choose(f.type(), [](auto tag) -> Exec { return testp<typename decltype(tag)::type>; }), Type::kPred, {f.type()}, Class::kFloat);
+      const Exec e = Singles::choose(f.type(), [](auto tag) -> Exec { return testp<typename decltype(tag)::type>; });
+      return p.set(e, Type::kPred, {f.type()}, Class::kFloat);
     }
   return false;
 }
@@ -660,7 +690,8 @@ bool abs(Form &f, Plan &p) { return same<Abs, 1, Signed>(f, p) || real<RealAbs, 
 bool neg(Form &f, Plan &p) { return same<Neg, 1, Signed>(f, p) || real<RealNeg, void, 1, Reals>(f, p); }
 template <class Op>
 bool gross(Form &f, Plan &p) {
-  return f.type() == Type::kF64 && f.take("ftz") && p.set(integer<Gross<Op>, double, double>, Type::kF64, {Type::kF64}, Class::kFloat);
+  if (f.type() != Type::kF64 || !f.take("ftz")) return false;
+  return p.set(integer<Gross<Op>, double, double>, Type::kF64, {Type::kF64}, Class::kFloat);
 }
 bool rcp(Form &f, Plan &p) {
   if (f.take("approx")) return gross<Rcp>(f, p) || real<Rcp, void, 1, Single>(f, p);

@@ -154,7 +154,8 @@ void cvt_single(Warp &w, const Inst &in, Mask m) {
   for (int i = 0; i < kCount; ++i) {
     const uint32_t *from = w.at<uint32_t>(in.r[1 + i]);
     for (int l = 0; l < 32; ++l) {
-      const uint32_t r = result<T>((double)flush<float>(from_lane<float>(from[l]), modifiers & kFtz), modifiers & ~kFtz, mode).bits;
+      const double x = flush<float>(from_lane<float>(from[l]), modifiers & kFtz);
+      const uint32_t r = result<T>(x, modifiers & ~kFtz, mode).bits;
       to[l] = i ? to[l] << 16 | r : r;
     }
     poison |= w.unit_poison[in.r[1 + i]];
@@ -168,7 +169,8 @@ void cvt_tf32(Warp &w, const Inst &in, Mask m) {
   uint32_t to[32];
   for (int l = 0; l < 32; ++l) {
     const float x = from_lane<float>(from[l]);
-    const uint32_t away = (from[l] + 0x1000) & 0xffffe000u, other = to_lane(encode<float>(clamp_result(round_to<TF32>(x, in.b), in.a)));
+    const uint32_t away = (from[l] + 0x1000) & 0xffffe000u;
+    const uint32_t other = to_lane(encode<float>(clamp_result(round_to<TF32>(x, in.b), in.a)));
     to[l] = x != x ? 0x7fffffff : in.c ? away : other;
   }
   store_lanes(w, in.r[0], to, m, w.unit_poison[in.r[1]]);
@@ -176,7 +178,8 @@ void cvt_tf32(Warp &w, const Inst &in, Mask m) {
 
 template <class T>
 bool loses(Type from) {  // whether T may not have a value of type `from`
-  return from == Type::kF64 ? sizeof(T) < 8 : from == Type::kF32 ? sizeof(T) < 4 : sizeof(T) == 2 && (from == Type::kF16) != std::is_same_v<T, F16>;
+  if (from == Type::kF64 || from == Type::kF32) return (int)sizeof(T) < type_bytes(from);
+  return sizeof(T) == 2 && (from == Type::kF16) != std::is_same_v<T, F16>;
 }
 
 bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
@@ -197,7 +200,8 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
 
   if (f.take("tf32")) {
     in.c = f.take("rna");
-    if (rounds == (in.c != 0) || in.a & ~kRelu || (in.c && in.a) || f.type() != Type::kF32 || !f.rest.empty() || s.operands.size() != 2) return false;
+    if (rounds == (in.c != 0) || in.a & ~kRelu || (in.c && in.a)) return false;
+    if (f.type() != Type::kF32 || !f.rest.empty() || s.operands.size() != 2) return false;
     if (!fits(d, to, Type::kB32) || !fits(d, from, Type::kF32)) return false;
     in.exec = cvt_tf32;
     d.destination(to);
@@ -209,11 +213,13 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
   in.type2 = f.types[1];
   const bool packed = in.type == Type::kF16x2 || in.type == Type::kBF16x2;
   if (packed || (type_bytes(in.type) == 2 && is_real(in.type) && in.type2 == Type::kF32)) {
-    if (s.operands.size() != (packed ? 3 : 2) || in.type2 != Type::kF32 || !rounds || in.a & kIntegral || !fits(d, to, in.type)) return false;
+    if (s.operands.size() != (packed ? 3 : 2) || in.type2 != Type::kF32 || !rounds || in.a & kIntegral) return false;
+    if (!fits(d, to, in.type)) return false;
     const auto choose = [&](auto tag) -> Exec {
       using T = typename decltype(tag)::type;
       const bool plain = !in.a && in.b == kNearest;
-      return packed ? (plain ? cvt_single<T, 2, true> : cvt_single<T, 2, false>) : plain ? cvt_single<T, 1, true> : cvt_single<T, 1, false>;
+      if (packed) return plain ? cvt_single<T, 2, true> : cvt_single<T, 2, false>;
+      return plain ? cvt_single<T, 1, true> : cvt_single<T, 1, false>;
     };
     in.exec = in.type == Type::kF16x2 || in.type == Type::kF16 ? choose(Tag<F16>()) : choose(Tag<BF16>());
     d.destination(to);
@@ -243,7 +249,7 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
     if (!inexact) with_real(in.type, [&](auto tag) { inexact = loses<typename decltype(tag)::type>(in.type2); });
     const bool plain = rounds && !(in.a & kIntegral);
     if (inexact != plain || (in.a & kIntegral && in.type != in.type2)) return false;
-    if (in.type == Type::kF64 && type_bytes(in.type2) == 8 && in.b && is_integer(in.type2)) return false;  // would need more than odd_sum
+    if (in.type == Type::kF64 && type_bytes(in.type2) == 8 && is_integer(in.type2) && in.b) return false;  // needs more than doubles
     in.exec = cvt_to_real;
   }
   d.destination(to);

@@ -60,7 +60,7 @@ inline float widen(float x) { return x; }
 inline float widen(BF16 x) { return bit_cast<float>((uint32_t)x.bits << 16); }
 inline float widen(F16 x) {
   const uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13;
-  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);  // moves the bias; subnormals come out normal
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);  // moves the bias; subnormals turn normal
   return bit_cast<float>((magnitude < 0x0f800000 ? finite : magnitude | 0x7f800000) | (uint32_t)(x.bits & 0x8000) << 16);
 }
 

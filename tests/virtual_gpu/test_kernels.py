@@ -1,0 +1,132 @@
+"""Whole kernels on the virtual GPU: correct ones pass under every schedule, and each planted bug is reported at its line while its
+correct twin passes."""
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import runs
+import vgpu
+from runs import SM80, SM90
+
+ARCH = {SM80: "80", SM90: "90a"}
+LINES = {source: (Path(__file__).parent / source).read_text().splitlines() for source in ARCH}
+
+
+def module(source, seed=0, random_completion=False, ptx=None):
+    gpu = vgpu.Gpu(arch=int(ARCH[source][:2]), seed=seed, random_completion=random_completion)
+    return gpu.module(ptx or vgpu.compile(source, ARCH[source]))
+
+
+@pytest.mark.parametrize("random_completion", (False, True), ids=("late", "random"))
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("source, kernel, run", runs.CORRECT, ids=[kernel for _, kernel, _ in runs.CORRECT])
+def test_correct_kernels(source, kernel, run, seed, random_completion):
+    run(module(source, seed, random_completion), kernel)
+
+
+def test_sm80_kernels_run_on_sm90():
+    """The same PTX on the newer architecture."""
+    for source, kernel, run in runs.CORRECT:
+        if source == SM80:
+            run(vgpu.Gpu(arch=90).module(vgpu.compile(SM80, "80")), kernel)
+
+
+def caught_at(source, bug):
+    """file.cu:line of the statement that the report must name."""
+    marks = {i: re.search(r"// caught: (.*)", line) for i, line in enumerate(LINES[source], 1)}
+    lines = [i for i, mark in marks.items() if mark and bug in mark[1].split(", ")]
+    assert len(lines) == 1, (bug, lines)
+    return f"{source}:{lines[0]}"
+
+
+PLANTED = [  # source, run, kernel, bug, kind of report
+    (SM80, runs.gemm_sm80, "gemm_sm80", "missing_wait", "in-flight"),
+    (SM80, runs.gemm_sm80, "gemm_sm80", "wrong_group_count", "in-flight"),
+    (SM80, runs.gemm_sm80, "gemm_sm80", "missing_barrier", "race"),
+    (SM80, runs.ticket_sum, "ticket_sum", "missing_fence", "race"),
+    (SM80, runs.split_dot, "split_dot", "split_race", "race"),
+    (SM80, runs.reverse, "reverse", "missing_syncwarp", "race"),
+    (SM80, runs.reverse, "reverse", "global_off_by_one", "out-of-range"),
+    (SM80, runs.reverse, "reverse", "shared_off_by_one", "out-of-range"),
+    (SM80, runs.reverse, "reverse", "misaligned", "misaligned"),
+    (SM80, runs.reverse, "reverse", "never_written", "uninitialised"),
+    (SM80, runs.reverse, "reverse", "divergent_barrier", "divergent-collective"),
+    (SM90, runs.gemm_sm90, "gemm_sm90", "wrong_parity", "in-flight"),
+    (SM90, runs.gemm_sm90, "gemm_sm90", "wrong_bytes", "deadlock"),
+    (SM90, runs.gemm_sm90, "gemm_sm90", "early_release", "in-flight"),
+    (SM90, runs.gemm_sm90, "gemm_sm90", "read_before_wait", "wgmma"),
+    (SM90, runs.gemm_sm90, "gemm_sm90", "no_proxy_fence_store", "proxy"),
+    (SM90, runs.gemm_sm90, "gemm_sm90", "reused_before_read", "in-flight"),
+    (SM90, runs.gemm_sm90, "gemm_sm90", "wrong_swizzle", "descriptor"),
+    (SM90, runs.gemm_sm90, "gemm_sm90", "no_init_fence", "proxy"),
+    (SM90, runs.gemm_cluster, "gemm_cluster", "no_cluster_barrier", "race"),
+    (SM90, runs.product, "product", "no_proxy_fence_wgmma", "proxy"),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("source, run, twin, bug, kind", PLANTED, ids=[bug for *_, bug, _ in PLANTED])
+def test_planted_bugs_are_caught(source, run, twin, bug, kind, seed):
+    with pytest.raises(vgpu.Failure) as failure:
+        run(module(source, seed), f"{twin}_{bug}")
+    line = caught_at(source, bug)
+    found = [(r["kind"], r["where"]) for r in failure.value.reports if r["kind"] == kind and re.search(rf"{line}\b", r["where"] + r["text"])]
+    assert found, (line, str(failure.value))
+    # The twin is in runs.CORRECT.
+    assert any(kernel in (twin, f"{twin}_correct") for _, kernel, _ in runs.CORRECT)
+
+
+def test_wrong_transpose_bit_gives_wrong_numbers():
+    """The one planted bug that only the numbers show: all that it reads is there."""
+    ptx = vgpu.compile(SM90, "90a")
+    wrong = ptx.replace("p, 1, 1, 0, 0;", "p, 1, 1, 0, 1;")
+    assert wrong != ptx
+    with pytest.raises(AssertionError) as failure:
+        runs.product(module(SM90, ptx=wrong), "product_correct")
+    assert not isinstance(failure.value, vgpu.Failure)
+
+
+def test_counters_of_a_product():
+    """Bytes, products and conflicts are those of the algorithm, whatever the schedule."""
+    m, n, k = 128, 192, 160
+    for seed in range(2):
+        mod = module(SM80, seed)
+        runs.gemm_sm80(mod, "gemm_sm80", m, n, k)
+        c = mod.gpu.counters[-1]
+        blocks = m // 64 * (n // 64)
+        assert c["matrix_flops"] == 2 * m * n * k
+        assert c["async_load_bytes"] == blocks * 2 * 64 * k * 2
+        assert c["global_load_bytes"] == 0 and c["global_store_bytes"] == m * n * 4
+        assert c["shared_conflicts"] == 0 and c["conflicts_by_line"] == {}
+
+    mod = module(SM90)
+    runs.gemm_cluster(mod, "gemm_cluster")
+    c = mod.gpu.counters[-1]
+    tiles = 512 // 128 * (256 // 128)
+    assert c["matrix_flops"] == 2 * 512 * 256 * 192
+    # A once a tile; B once for the two tiles of a cluster: what multicast saves.
+    assert c["async_load_bytes"] == tiles * 128 * 192 * 2 + tiles // 2 * 128 * 192 * 2
+    assert c["async_store_bytes"] == 512 * 256 * 2 and c["shared_conflicts"] == 0
+
+
+def test_resources():
+    """ptxas reports each kernel: registers, spills, and where it had to wait for a product by itself."""
+    for source in ARCH:
+        for name, r in vgpu.resources(vgpu.compile(source, ARCH[source])).items():
+            assert 1 <= r["registers"] <= 255 and r["spills"] == 0, (name, r)
+            assert bool(r["warnings"]) == (name == "gemm_sm90_read_before_wait"), (name, r)
+    assert "(C7517)" in vgpu.resources(vgpu.compile(SM90, "90a"))["gemm_sm90_read_before_wait"]["warnings"][0]
+
+
+def test_refused_launches():
+    mod = module(SM80)
+    x, out = np.zeros(256, np.int32), np.zeros(256, np.int32)
+    args = [x, out, np.int32(256)]
+    for shape, why in [(dict(grid=0, block=256), "a grid of 0"), (dict(grid=1, block=288), "__launch_bounds__ says at most 256"),
+                       (dict(grid=(1, 70000), block=256), "a grid of 70000"), (dict(grid=1, block=2048), "a block of 2048"),
+                       (dict(grid=1, block=256, shared=200000), "bytes of dynamic shared memory"), (dict(grid=2, block=256, cluster=(2,)), "a cluster on sm_80")]:
+        with pytest.raises(vgpu.LaunchError, match=why):
+            mod.launch("reverse_correct", args=args, **shape)
+    assert not out.any()
