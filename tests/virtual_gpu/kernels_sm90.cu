@@ -8,7 +8,7 @@ using mixtral::sm80::shared_address;
 using bf16 = __nv_bfloat16;
 
 enum Bug { kNone, kWrongParity, kWrongBytes, kEarlyRelease, kReadBeforeWait, kNoProxyFenceStore, kReusedBeforeRead, kWrongSwizzle,
-           kNoProxyFenceWgmma, kNoClusterBarrier, kNoInitFence };
+           kNoProxyFenceWgmma, kNoClusterBarrier, kNoInitFence, kNoDependencyWait };
 
 // C[M, N] = A[M, K] B[N, K]^T in bf16, M and N multiples of 128, K of 64: persistent blocks walk tiles of 128 x 128.
 //   warpgroup 0     one thread loads stages of 64 along k by tensor copies (128-byte swizzle)
@@ -171,3 +171,16 @@ extern "C" __global__ void __launch_bounds__(128) product_correct(const bf16 *a,
 extern "C" __global__ void __launch_bounds__(128) product_no_proxy_fence_wgmma(const bf16 *a, const bf16 *b, float *c) {
   product<kNoProxyFenceWgmma>(a, b, c);
 }
+
+// Doubles x into y, and adds y to z. The second may be launched before the first has ended.
+extern "C" __global__ void double_values(const float *x, float *y) { y[blockIdx.x * 64 + threadIdx.x] = 2 * x[blockIdx.x * 64 + threadIdx.x]; }
+
+template <int kBug>
+__device__ void add_values(const float *y, float *z) {
+  const int i = blockIdx.x * 64 + threadIdx.x;
+  const float old = z[i];
+  if (kBug != kNoDependencyWait) wait_for_dependencies();
+  z[i] = old + y[i];  // caught: no_dependency_wait
+}
+extern "C" __global__ void add_values_correct(const float *y, float *z) { add_values<kNone>(y, z); }
+extern "C" __global__ void add_values_no_dependency_wait(const float *y, float *z) { add_values<kNoDependencyWait>(y, z); }

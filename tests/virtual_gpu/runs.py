@@ -81,7 +81,17 @@ def product(module, kernel):
     close(c, exact(a) @ exact(b).T, 64)
 
 
+def dependent_launch(module, kernel):
+    x, y, z = (np.random.default_rng(6 + i).standard_normal(256).astype(np.float32) for i in range(3))
+    wanted = z + 2 * x
+    with module.gpu.mapped([("x", x, False, True), ("y", y, True, False), ("z", z, True, True)]):
+        module.launch("double_values", grid=4, block=64, args=[x, y])
+        module.launch(kernel, grid=4, block=64, args=[y, z], programmatic=True)
+    np.testing.assert_array_equal(z, wanted)
+
+
 CORRECT = [  # source, kernel, run
     (SM80, "gemm_sm80", gemm_sm80), (SM80, "attention_sm80", attention_sm80), (SM80, "ticket_sum_correct", ticket_sum),
     (SM80, "split_dot_correct", split_dot), (SM80, "reverse_correct", reverse),
-    (SM90, "gemm_sm90", gemm_sm90), (SM90, "gemm_cluster", gemm_cluster), (SM90, "product_correct", product)]
+    (SM90, "gemm_sm90", gemm_sm90), (SM90, "gemm_cluster", gemm_cluster), (SM90, "product_correct", product),
+    (SM90, "add_values_correct", dependent_launch)]

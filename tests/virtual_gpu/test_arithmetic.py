@@ -6,6 +6,7 @@ work on Python numbers and know nothing of the implementation; bodies were assem
 
 import itertools
 import math
+import operator
 import random
 from fractions import Fraction
 
@@ -22,7 +23,8 @@ COUNT, BLOCK = 1600, 160  # threads of a case, of a block
 
 # ----------------------------------------------------------------------------------------------------- types and their values
 
-FORMATS = {"f16": (11, -14, 15), "bf16": (8, -126, 127), "f32": (24, -126, 127), "f64": (53, -1022, 1023), "tf32": (11, -126, 127)}
+FORMATS = {"f16": (11, -14, 15), "bf16": (8, -126, 127), "f32": (24, -126, 127), "f64": (53, -1022, 1023),
+           "tf32": (11, -126, 127)}  # precision, least and greatest exponent of normal numbers
 
 
 def bits_of(t):
@@ -110,11 +112,12 @@ def floats(t):
     top = math.ldexp(2.0 - 2.0 ** (1 - precision), most)
     tiny = math.ldexp(1.0, least - precision + 1) if t != "f64" else 5e-324
     ulp = 2.0 ** (1 - precision)
-    positive = [0.0, 1.0, 1 + ulp, 1 - ulp / 2, 0.5, 1.5, 2.5, 3.0, 10.0, top, tiny, 3 * tiny, 2.0**least, 2.0**least - tiny, math.inf,
-                2.0 ** (precision - 1) + 1, 2.0 ** (precision - 2) + 0.5]
+    positive = [0.0, 1.0, 1 + ulp, 1 - ulp / 2, 0.5, 1.5, 2.5, 3.0, 10.0, top, tiny, 3 * tiny, 2.0**least, 2.0**least - tiny,
+                math.inf, 2.0 ** (precision - 1) + 1, 2.0 ** (precision - 2) + 0.5]
     values = [s * v for v in positive for s in (1, -1)] + [math.nan]
     raw = [encode(t, v) for v in values]
-    return raw + [encode(t, round_exact(Fraction(rng.gauss(0, 3)), t)) for _ in range(3)] + [rng.getrandbits(bits_of(t)) for _ in range(2)]
+    raw += [encode(t, round_exact(Fraction(rng.gauss(0, 3)), t)) for _ in range(3)]
+    return raw + [rng.getrandbits(bits_of(t)) for _ in range(2)]
 
 
 def values(t):
@@ -138,7 +141,7 @@ def operands(types, seed):
     sets = list(itertools.product(*lists)) if math.prod(len(x) for x in lists) <= COUNT else []
     while len(sets) < COUNT:
         chosen = [rng.choice(x) for x in lists]
-        if len(types) == 3 and is_float(part_of(types[0])) and rng.random() < 0.4 and len(set(types)) == 1:  # a * b + c that nearly cancels
+        if len(types) == 3 and is_float(part_of(types[0])) and len(set(types)) == 1 and rng.random() < 0.4:  # nearly cancels
             a, b = (rng.gauss(0, 2) for _ in range(2))
             halves = []
             for _ in range(2 if types[0].endswith("x2") else 1):
@@ -157,7 +160,7 @@ def operands(types, seed):
 
 class Case:
     """op: the opcode, or a whole statement with {d} for the destination and {0}, {1}, .. for the operands. to: the type of the
-    result. sources: types; "s8:64" is an s8 in a 64-bit register. close(got, want, arguments): whether an inexact result is right."""
+    result. sources: types; "s8:64" is an s8 in a 64-bit register. close(got, want): whether an inexact result is right."""
 
     def __init__(self, op, to, sources, reference, close=None, inputs=None):
         self.op, self.reference, self.close, self.inputs = op, reference, close, inputs
@@ -172,7 +175,8 @@ class Case:
 
     def kernel(self, name):
         params = ", ".join(f".param .u64 p{i}" for i in range(len(self.sources) + 1))
-        lines = [f".visible .entry {name}({params}) {{", ".reg .pred %p<10>; .reg .b16 %h<20>; .reg .b32 %r<20>; .reg .b64 %l<20>;",
+        lines = [f".visible .entry {name}({params}) {{",
+                 ".reg .pred %p<10>; .reg .b16 %h<20>; .reg .b32 %r<20>; .reg .b64 %l<20>;",
                  "mov.u32 %r0, %ctaid.x; mov.u32 %r1, %ntid.x; mov.u32 %r2, %tid.x; mad.lo.s32 %r3, %r0, %r1, %r2;"]
         names = []
         for i, (t, register) in enumerate(zip(self.sources, self.registers)):
@@ -191,7 +195,8 @@ class Case:
         if self.to == "pred":
             lines.append("selp.u32 %r4, 1, 0, %p0;")
             d = "%r4"
-        lines.append(f"ld.param.u64 %l1, [p0]; mul.wide.u32 %l2, %r3, {size // 8}; add.s64 %l1, %l1, %l2; st.global.b{size} [%l1], {d}; ret; }}")
+        lines.append(f"ld.param.u64 %l1, [p0]; mul.wide.u32 %l2, %r3, {size // 8}; add.s64 %l1, %l1, %l2;")
+        lines.append(f"st.global.b{size} [%l1], {d}; ret; }}")
         return "\n".join(lines)
 
     def check(self, module, name):
@@ -202,7 +207,8 @@ class Case:
         arrays = []
         for t, register, column in zip(self.sources, self.registers, raw):  # what a register has beyond its type must not matter
             beyond = 0 if register == "p" else register - bits_of(t)
-            arrays.append(np.array([v | (noise.getrandbits(beyond) << bits_of(t) if beyond else 0) for v in column], numpy_of[register]))
+            noisy = [v | (noise.getrandbits(beyond) << bits_of(t) if beyond else 0) for v in column]
+            arrays.append(np.array(noisy, numpy_of[register]))
         out = np.zeros(count, numpy_of[self.to_register])
         module.launch(name, count // BLOCK, BLOCK, args=[out, *arrays])
         wrong = []
@@ -213,7 +219,7 @@ class Case:
                 continue
             if self.close:
                 pairs = zip(decode(self.to, got), want) if self.to.endswith("x2") else [(decode(self.to, got), want)]
-                good = all(self.close(g, w, arguments) for g, w in pairs)
+                good = all(self.close(g, w) for g, w in pairs)
             else:
                 value = encode(self.to, want)
                 if self.to[0] == "s" and self.to_register != bits_of(self.to):
@@ -321,7 +327,7 @@ for mode in ("wrap", "clamp"):
             if mode == "clamp" and b > 31:
                 return a
             n = b & 31
-            return decode(t[0] + "64", 0) if n == 0 else (a & ((1 << n) - 1)) - ((1 << n) if t == "s32" and a >> (n - 1) & 1 else 0)
+            return (a & ((1 << n) - 1)) - ((1 << n) if t == "s32" and n and a >> (n - 1) & 1 else 0)
         case(f"szext.{mode}.{t}", t, [t, "u32"], szext)
     case(f"bmsk.{mode}.b32", "b32", ["b32", "b32"], lambda a, b, mode=mode: sum(1 << i for i in range(32) if (
         a <= i < a + b if mode == "clamp" else (a & 31) <= i < (a & 31) + (b & 31))))
@@ -358,13 +364,12 @@ def prmt(selectors):
 
 case("prmt.b32", "b32", ["b32"] * 3, prmt(lambda c: [c >> 4 * i & 15 for i in range(4)]))
 # The tables of 9.7.9 prmt, by c & 3; columns: d.b3 to d.b0.
-for mode, table in {"f4e": "3210 4321 5432 6543", "b4e": "5670 6701 7012 0123", "rc8": "0000 1111 2222 3333", "ecl": "3210 3211 3222 3333",
-                    "ecr": "0000 1110 2210 3210", "rc16": "1010 3232 1010 3232"}.items():
+for mode, table in {"f4e": "3210 4321 5432 6543", "b4e": "5670 6701 7012 0123", "rc8": "0000 1111 2222 3333",
+                    "ecl": "3210 3211 3222 3333", "ecr": "0000 1110 2210 3210", "rc16": "1010 3232 1010 3232"}.items():
     case(f"prmt.b32.{mode}", "b32", ["b32"] * 3, prmt(lambda c, rows=table.split(): [int(x) for x in reversed(rows[c & 3])]))
 
 # 9.7.6 Comparison and Selection
-ORDERED = {"eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
-           "ge": lambda a, b: a >= b}
+ORDERED = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
 
 
 def compare(name, a, b):
@@ -379,18 +384,21 @@ def compare(name, a, b):
 
 BOOL = {"and": lambda a, b: a and b, "or": lambda a, b: a or b, "xor": lambda a, b: a != b}
 for t in ("b16", "b32", "b64", "u16", "s16", "u32", "s32", "u64", "s64", "f16", "bf16", "f32", "f64"):
-    names = ["eq", "ne"] + (["lt", "le", "gt", "ge"] if t[0] != "b" or is_float(t) else []) + (["lo", "ls", "hi", "hs"] if t[0] == "u" else [])
+    names = list(ORDERED) if t[0] != "b" or is_float(t) else ["eq", "ne"]
+    names += ["lo", "ls", "hi", "hs"] if t[0] == "u" else []
     names += ["equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"] if is_float(t) else []
     for name in names:
         case(f"setp.{name}.{t}", "pred", [t, t], lambda a, b, name=name: compare(name, a, b))
+BOTH = " %p8|%p9, {0}, {1}, {2}; selp.u32 %r5, 1, 0, %p8; selp.u32 {d}, 2, 0, %p9; or.b32 {d}, {d}, %r5;"
 for op, combined in BOOL.items():
     for t in ("s32", "f32"):
-        case(f"setp.lt.{op}.{t} %p8|%p9, {{0}}, {{1}}, {{2}}; selp.u32 %r5, 1, 0, %p8; selp.u32 {{d}}, 2, 0, %p9; or.b32 {{d}}, {{d}}, %r5;", "u32",
-             [t, t, "pred"], lambda a, b, c, f=combined: f(a < b, c) | f(not a < b, c) << 1)
-    case(f"setp.ge.{op}.u64 {{d}}, {{0}}, {{1}}, !{{2}};", "pred", ["u64", "u64", "pred"], lambda a, b, c, f=combined: f(a >= b, not c))
+        case(f"setp.lt.{op}.{t}{BOTH}", "u32", [t, t, "pred"],
+             lambda a, b, c, f=combined: f(a < b, c) | f(not a < b, c) << 1)
+    case(f"setp.ge.{op}.u64 {{d}}, {{0}}, {{1}}, !{{2}};", "pred", ["u64", "u64", "pred"],
+         lambda a, b, c, f=combined: f(a >= b, not c))
     for t in ("f16x2", "bf16x2"):
-        case(f"setp.gtu.{op}.{t} %p8|%p9, {{0}}, {{1}}, {{2}}; selp.u32 %r5, 1, 0, %p8; selp.u32 {{d}}, 2, 0, %p9; or.b32 {{d}}, {{d}}, %r5;", "u32",
-             [t, t, "pred"], lambda a, b, c, f=combined: f(compare("gtu", a[0], b[0]), c) | f(compare("gtu", a[1], b[1]), c) << 1)
+        case(f"setp.gtu.{op}.{t}{BOTH}", "u32", [t, t, "pred"],
+             lambda a, b, c, f=combined: f(compare("gtu", a[0], b[0]), c) | f(compare("gtu", a[1], b[1]), c) << 1)
 case("setp.eq.ftz.f32", "pred", ["f32", "f32"], lambda a, b: flush(a, "f32") == flush(b, "f32"))
 for to in ("u32", "s32", "f32"):
     for t in ("u32", "s64", "f32"):
@@ -501,7 +509,7 @@ case("fma.rn.f64", "f64", ["f64"] * 3, real(FMA, "f64"))
 for t in ("f32", "f64"):
     case(f"div.rn.{t}", t, [t, t], real(DIV, t))
     case(f"rcp.rn.{t}", t, [t], real(lambda a: 1 / a, t))
-    case(f"sqrt.rn.{t}", t, [t], lambda a, t=t: math.nan if a < 0 else float(np.sqrt({"f32": np.float32, "f64": np.float64}[t](a))))
+    case(f"sqrt.rn.{t}", t, [t], lambda a, f={"f32": np.float32, "f64": np.float64}[t]: math.nan if a < 0 else float(np.sqrt(f(a))))
 case("div.rn.ftz.f32", "f32", ["f32"] * 2, real(DIV, "f32", "rn", ["ftz"]))
 for t in ("f16", "bf16"):
     for packed in ("", "x2"):
@@ -530,7 +538,7 @@ def within(relative=0.0, absolute=0.0, t="f32"):
     """Close to the exact value, in which results that are not normal numbers count as their neighbours do."""
     _, least, most = FORMATS[t]
 
-    def close(got, want, _):
+    def close(got, want):
         if want is None:
             return True
         if math.isnan(want) or math.isinf(want) or want == 0:
@@ -560,8 +568,9 @@ for suffix, wrapped in (("", quiet), (".ftz", lambda f: ftz(quiet(f)))):  # the 
     case(f"ex2.approx{suffix}.f32", "f32", ["f32"], wrapped(np.exp2), close=within(2.0**-22))
     case(f"lg2.approx{suffix}.f32", "f32", ["f32"], wrapped(np.log2), close=within(2.0**-22, 2.0**-22))
     case(f"div.full{suffix}.f32", "f32", ["f32", "f32"], wrapped(lambda a, b: a / b), close=within(2 * ULP))
-    case(f"sin.approx{suffix}.f32", "f32", ["f32"], lambda a, f=wrapped(np.sin): f(a) if abs(a) < 6.28 else None, close=within(0, 2.0**-20.5))
-    case(f"cos.approx{suffix}.f32", "f32", ["f32"], lambda a, f=wrapped(np.cos): f(a) if abs(a) < 6.28 else None, close=within(0, 2.0**-20.5))
+    for name, function in (("sin", np.sin), ("cos", np.cos)):
+        case(f"{name}.approx{suffix}.f32", "f32", ["f32"], lambda a, f=wrapped(function): f(a) if abs(a) < 6.28 else None,
+             close=within(0, 2.0**-20.5))
 
 
 def divide_approx(a, b):
@@ -572,14 +581,14 @@ def divide_approx(a, b):
 
 case("div.approx.f32", "f32", ["f32", "f32"], divide_approx, close=within(2 * ULP))
 for name, function in (("rcp", lambda a: 1 / a), ("rsqrt", lambda a: 1 / np.sqrt(a))):
-    case(f"{name}.approx.ftz.f64", "f64", ["f64"], ftz(quiet(function), "f64"), close=lambda got, want, _: (
-        encode("f64", got) & 0xFFFFFFFF == 0 and within(2.0**-19, 0, "f64")(got, want, _)))
+    case(f"{name}.approx.ftz.f64", "f64", ["f64"], ftz(quiet(function), "f64"), close=lambda got, want: (
+        encode("f64", got) & 0xFFFFFFFF == 0 and within(2.0**-19, 0, "f64")(got, want)))
 case("tanh.approx.f32", "f32", ["f32"], quiet(np.tanh), close=within(2.0**-11))
 for t, exponential, tangent in (("f16", 2.0**-9.9, 2.0**-10.987), ("bf16", 2.0**-7, 2.0**-8)):
     for packed in ("", "x2"):
         lift = each_half if packed else lambda f: f
-        case(f"ex2.approx{'.ftz' if t == 'bf16' else ''}.{t}{packed}", t + packed, [t + packed], lift(ftz(quiet(np.exp2), t) if t == "bf16" else quiet(np.exp2)),
-             close=within(exponential, 0, t))
+        name, function = ("ex2.approx", quiet(np.exp2)) if t == "f16" else ("ex2.approx.ftz", ftz(quiet(np.exp2), t))
+        case(f"{name}.{t}{packed}", t + packed, [t + packed], lift(function), close=within(exponential, 0, t))
         case(f"tanh.approx.{t}{packed}", t + packed, [t + packed], lift(quiet(np.tanh)), close=within(tangent, 0, t))
 
 # 9.7.9 cvt
@@ -588,12 +597,12 @@ for to, t in itertools.product(INTEGERS, INTEGERS):
     case(f"cvt.{to}.{t}", to, [t], lambda a, to=to: wrap(a, to))
     if any(clamp(a, to) != a for a in (clamp(-math.inf, t), clamp(math.inf, t))):
         case(f"cvt.sat.{to}.{t}", to, [t], lambda a, to=to: clamp(a, to))
-for to, t in (("s64", "s8:64"), ("s64", "s32:64"), ("u64", "u16:32"), ("s32", "s8:32"), ("u32", "u8:64"), ("s8:32", "s32"), ("s16:32", "s32"),
-              ("s8:64", "s64"), ("u8:32", "u32"), ("s32:64", "s64"), ("u16:64", "s32")):
+for to, t in (("s64", "s8:64"), ("s64", "s32:64"), ("u64", "u16:32"), ("s32", "s8:32"), ("u32", "u8:64"), ("s8:32", "s32"),
+              ("s16:32", "s32"), ("s8:64", "s64"), ("u8:32", "u32"), ("s32:64", "s64"), ("u16:64", "s32")):
     name, source = to.partition(":")[0], t.partition(":")[0]
     case(f"cvt.{name}.{source}", to, [t], lambda a, to=name: wrap(a, to))
 
-INTEGRAL = {"rni": lambda x: round(x), "rzi": lambda x: math.trunc(x), "rmi": lambda x: math.floor(x), "rpi": lambda x: math.ceil(x)}
+INTEGRAL = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
 
 
 def to_integer(to, t, rounding):
@@ -720,12 +729,14 @@ ODD = "and.b32 %r2, %r0, 1; setp.ne.u32 %p1, %r2, 0;"
 
 @pytest.mark.parametrize("statements", [
     "mov.u32 %r1, 7; @%p1 add.s32 %r1, %r0, 100;",
-    "mov.u32 %r1, 7; mov.f32 %r3, 0f3F800000; cvt.rn.f32.u32 %r4, %r0; @%p1 add.f32 %r1, %r3, %r4; @%p1 cvt.rzi.u32.f32 %r1, %r1; @%p1 add.u32 %r1, %r1, 99;",
+    "mov.u32 %r1, 7; mov.f32 %r3, 0f3F800000; cvt.rn.f32.u32 %r4, %r0; @%p1 add.f32 %r1, %r3, %r4; "
+    "@%p1 cvt.rzi.u32.f32 %r1, %r1; @%p1 add.u32 %r1, %r1, 99;",
     "mov.b64 %l3, 7; cvt.u64.u32 %l4, %r0; @%p1 add.u64 %l3, %l4, 100; cvt.u32.u64 %r1, %l3;",
     "mov.b16 %h1, 7; cvt.u16.u32 %h2, %r0; @%p1 add.u16 %h1, %h2, 100; cvt.u32.u16 %r1, %h1;",
-    "mov.pred %p2, 0; setp.eq.u32 %p3, %r0, %r0; @%p1 setp.ge.and.u32 %p2, %r0, 0, %p3; add.u32 %r3, %r0, 100; selp.u32 %r1, %r3, 7, %p2;",
-    "mov.pred %p2, 0; mov.pred %p3, -1; @%p1 setp.eq.u32 %p2|%p3, %r0, %r0; not.pred %p3, %p3; and.pred %p2, %p2, %p3; add.u32 %r3, %r0, 100; "
+    "mov.pred %p2, 0; setp.eq.u32 %p3, %r0, %r0; @%p1 setp.ge.and.u32 %p2, %r0, 0, %p3; add.u32 %r3, %r0, 100; "
     "selp.u32 %r1, %r3, 7, %p2;",
+    "mov.pred %p2, 0; mov.pred %p3, -1; @%p1 setp.eq.u32 %p2|%p3, %r0, %r0; not.pred %p3, %p3; and.pred %p2, %p2, %p3; "
+    "add.u32 %r3, %r0, 100; selp.u32 %r1, %r3, 7, %p2;",
     "mov.pred %p2, 0; mov.pred %p3, 1; @%p1 mov.pred %p2, %p3; add.u32 %r3, %r0, 100; selp.u32 %r1, %r3, 7, %p2;",
     "mov.u32 %r1, 7; mov.u32 %r5, 0; add.u32 %r3, %r0, 100; mov.b64 %l3, {%r3, %r5}; @%p1 mov.b64 {%r1, %r5}, %l3;",
     "mov.u32 %r1, 7; add.u32 %r3, %r0, 100; mov.u32 %r4, 3; @%p1 div.u32 %r1, %r3, 1;",
@@ -736,7 +747,8 @@ def test_inactive_lanes_keep_their_values(gpu, statements):
     assert (run(gpu, ODD + statements) == np.where(lanes & 1, lanes + 100, 7)).all()
 
 
-UNDEFINED = "mov.u32 %r9, never; ld.shared.u32 %r3, [%r9]; mov.f32 %r5, 0f40000000; mov.u32 %r6, 1; mov.pred %p4, 0; mov.pred %p5, 1;"
+UNDEFINED = ("mov.u32 %r9, never; ld.shared.u32 %r3, [%r9]; "
+             "mov.f32 %r5, 0f40000000; mov.u32 %r6, 1; mov.pred %p4, 0; mov.pred %p5, 1;")
 
 
 @pytest.mark.parametrize("statements", [

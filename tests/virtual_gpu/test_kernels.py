@@ -63,6 +63,7 @@ PLANTED = [  # source, run, kernel, bug, kind of report
     (SM90, runs.gemm_sm90, "gemm_sm90", "no_init_fence", "proxy"),
     (SM90, runs.gemm_cluster, "gemm_cluster", "no_cluster_barrier", "race"),
     (SM90, runs.product, "product", "no_proxy_fence_wgmma", "proxy"),
+    (SM90, runs.dependent_launch, "add_values", "no_dependency_wait", "race"),
 ]
 
 

@@ -63,7 +63,7 @@ def library():
             ("vgpu_reports", ctypes.c_char_p, []), ("vgpu_counters", ctypes.c_char_p, []), ("vgpu_clear", None, []),
             ("vgpu_error", ctypes.c_char_p, []), ("vgpu_load", ctypes.c_void_p, [ctypes.c_char_p]), ("vgpu_unload", None, [ctypes.c_void_p]),
             ("vgpu_launch", ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p, *3 * [ctypes.POINTER(ctypes.c_uint32)], ctypes.c_uint64,
-                                           ctypes.POINTER(ctypes.c_void_p)]),
+                                           ctypes.c_int, ctypes.POINTER(ctypes.c_void_p)]),
             ("vgpu_encode_tiled", ctypes.c_int, [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
                                                  ctypes.c_void_p, ctypes.c_void_p, *4 * [ctypes.c_int]]),
             ("vgpu_describe", ctypes.c_char_p, [ctypes.c_void_p]), ("vgpu_library_modules", ctypes.c_int, []),
@@ -135,7 +135,8 @@ class Gpu:
             raise Failure(reports)
 
     def mapped(self, arrays):
-        """Context in which these (name, array, writable, initialised) are device memory."""
+        """Context in which these (name, array, writable, initialised) are device memory, through all launches in it; what is mapped
+        already stays as it is."""
         return _Mapped(self.lib.c, arrays)
 
     def module(self, ptx):
@@ -162,20 +163,24 @@ MUTATED = {"apply_rope": ("q", "k"), "rolling_attention": ("k_cache", "v_cache")
 
 
 class _Mapped:
+    now = set()  # addresses
+
     def __init__(self, c, arrays):
         self.c, self.ranges = c, {}
         for name, array, writable, initialised in arrays:
             address, size = memory_of(array)
-            if size:
+            if size and address not in self.now:
                 self.ranges[address] = (size, name, writable, initialised)
 
     def __enter__(self):
         for address, (size, name, writable, initialised) in self.ranges.items():
             self.c.vgpu_map(address, size, name.encode(), writable, initialised)
+        self.now |= self.ranges.keys()
 
     def __exit__(self, *error):
         for address in self.ranges:
             self.c.vgpu_unmap(address)
+        self.now -= self.ranges.keys()
 
 
 class Module:
@@ -192,10 +197,10 @@ class Module:
         if getattr(self, "handle", None):
             self.c.vgpu_unload(self.handle)
 
-    def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=()):
+    def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=(), programmatic=False):
         """Runs a kernel. kernel: its name, or a part of its mangled name that one kernel has. args: numpy arrays (device memory),
         numpy scalars, TensorMaps. written: indices of the arrays that it may write (None: all). fresh: indices of those whose
-        contents are undefined when it starts."""
+        contents are undefined when it starts. programmatic: it may start before the launch before it ends (griddepcontrol)."""
         names = [name for name in self.kernels if name == kernel] or [name for name in self.kernels if kernel in name]
         assert len(names) == 1, f"{kernel}: {names} of {list(self.kernels)}"
         arrays, pointers, keep = [], [], []
@@ -219,7 +224,7 @@ class Module:
         three = lambda x, fill: (ctypes.c_uint32 * 3)(*((x,) if isinstance(x, int) else tuple(x)), *[fill] * (3 - len((x,) if isinstance(x, int) else tuple(x))))
         self.gpu.start()
         with self.gpu.mapped(arrays):
-            failed = self.c.vgpu_launch(self.handle, names[0].encode(), three(grid, 1), three(block, 1), three(cluster, 1 if cluster else 0), shared,
+            failed = self.c.vgpu_launch(self.handle, names[0].encode(), three(grid, 1), three(block, 1), three(cluster, 1 if cluster else 0), shared, programmatic,
                                         (ctypes.c_void_p * max(1, len(pointers)))(*pointers))
             if failed:
                 raise LaunchError(self.c.vgpu_error().decode())

@@ -124,7 +124,7 @@ __device__ inline void stmatrix_x4(uint32_t row, uint32_t r0, uint32_t r1, uint3
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 
-// ---------------------------------------------------------------------------------------------- warps and clusters
+// -------------------------------------------------------------------------------------- warps, clusters and launches
 
 // Registers a thread of this warpgroup from here on.
 template <int kRegisters>
@@ -155,5 +155,11 @@ __device__ inline uint32_t cluster_rank() {
 
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// In a kernel that may start before the one before it ends: returns when that one has ended and its writes are visible.
+__device__ inline void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Allows the next kernel to start once all blocks have come here or ended.
+__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 }  // namespace mixtral::sm90

@@ -17,7 +17,7 @@ struct GlobalSpan {
   Shadow *shadow;
 };
 
-GlobalSpan global_cells(Launch &launch, uint64_t address) { return {launch.global->cells(address, launch.id), &launch.global->shadow()}; }
+GlobalSpan global_cells(Launch &launch, uint64_t address) { return {launch.cells(address), &launch.global->shadow()}; }
 
 Cell *shared_cells(Cta &cta, uint32_t offset) { return &cta.shared.cells[offset / 4]; }
 

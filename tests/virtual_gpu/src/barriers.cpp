@@ -346,6 +346,16 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
   return Flow::kJumped;
 }
 
+// griddepcontrol.wait (9.7.13.13): what the launch before did happens before what follows. In truth it has ended already.
+Flow wait_for_primary(Warp &w, Fragment &f, const Inst &) {
+  if (w.launch().after) {
+    ClockBuilder clock;
+    clock.set(kPrimary, 32, 0, 1);
+    acquire(w, f.mask, clock.freeze(), clock.freeze());
+  }
+  return Flow::kNext;
+}
+
 Flow nothing(Warp &, Fragment &, const Inst &) { return Flow::kNext; }
 Flow pause(Warp &, Fragment &, const Inst &) { return Flow::kPoll; }
 
@@ -391,6 +401,10 @@ bool decode_barrier(Decoder &d, const Statement &s, Inst &in) {
   }
   if (op == "nanosleep" || op == "griddepcontrol" || op == "setmaxnreg") {
     in.klass = Class::kControl;
+    if (op == "griddepcontrol" && s.has("wait")) {
+      in.control = wait_for_primary;
+      return true;
+    }
     if (op == "setmaxnreg") {
       const int64_t n = s.operands.at(0).immediate;
       if (n < 24 || n > 256 || n % 8) return false;

@@ -26,7 +26,7 @@ struct PendingCall {
 };
 thread_local PendingCall pending_call;
 
-cudaError_t launch(const void *function, dim3 grid, dim3 block, dim3 cluster, void **args, size_t shared) {
+cudaError_t launch(const void *function, dim3 grid, dim3 block, dim3 cluster, void **args, size_t shared, bool programmatic = false) {
   const auto found = device().functions.find(function);
   if (found == device().functions.end()) return result(cudaErrorInvalidDeviceFunction);
   vgpu::LoadedModule *module = found->second.binary->select(device().options.architecture);
@@ -35,6 +35,7 @@ cudaError_t launch(const void *function, dim3 grid, dim3 block, dim3 cluster, vo
   const unsigned g[3] = {grid.x, grid.y, grid.z}, b[3] = {block.x, block.y, block.z}, c[3] = {cluster.x, cluster.y, cluster.z};
   for (int i = 0; i < 3; ++i) shape.grid[i] = g[i], shape.block[i] = b[i], shape.cluster[i] = c[i];
   shape.dynamic_shared = shared;
+  shape.programmatic = programmatic;
   return result(device().launch(*module, found->second, shape, args) ? cudaSuccess : cudaErrorInvalidConfiguration);
 }
 
@@ -107,14 +108,17 @@ cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void *
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **args) {
   dim3 cluster(0, 0, 0);
+  bool programmatic = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute &a = config->attrs[i];
     if (a.id == cudaLaunchAttributeClusterDimension)
       cluster = dim3(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
-    else if (a.id != cudaLaunchAttributeProgrammaticStreamSerialization)
+    else if (a.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      programmatic = a.val.programmaticStreamSerializationAllowed != 0;
+    else
       return result(cudaErrorNotSupported);
   }
-  return launch(function, config->gridDim, config->blockDim, cluster, args, config->dynamicSmemBytes);
+  return launch(function, config->gridDim, config->blockDim, cluster, args, config->dynamicSmemBytes, programmatic);
 }
 
 cudaError_t cudaFuncSetAttribute(const void *function, cudaFuncAttribute attribute, int value) {

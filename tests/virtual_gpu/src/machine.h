@@ -106,7 +106,7 @@ struct Cluster {
 struct Launch {
   const Program *program = nullptr;
   Options options;
-  uint64_t id = 0;
+  uint64_t id = 0, after = 0;  // after: the launch before, if it may still run; then what it did is known behind griddepcontrol.wait
   uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {1, 1, 1};
   uint32_t dynamic_shared = 0, shared_bytes = 0;
   std::vector<uint8_t> params;
@@ -122,6 +122,7 @@ struct Launch {
   SyncLocations locations;
   std::vector<uint64_t> executions, lane_executions;  // by statement
 
+  Cell *cells(uint64_t address) { return global->cells(address, id, after); }
   void run();
   bool chance(uint32_t one_in) { return random() % one_in == 0; }
   void report(const char *kind, const Warp *warp, int lane, const Inst *inst, const std::string &text);

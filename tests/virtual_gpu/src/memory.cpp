@@ -60,6 +60,24 @@ void Shadow::forget(Cell &cell) {
   cell.more = 0;
 }
 
+void Shadow::keep_as_primary(Cell &cell) {
+  Access write = cell.write, read = cell.read;
+  if (cell.more)
+    for (const Access &a : overflow_[cell.more - 1]) (a.flags & kWrite ? write : read) = a;
+  forget(cell);
+  const auto primary = [](const Access &a) {
+    Access p;
+    if (!a.lanes) return p;
+    p.cta = kPrimary;
+    p.lanes = 1;
+    p.epoch = 1;
+    p.flags = (uint8_t)(kBytes | (a.flags & (kWrite | kAsyncProxy)));
+    return p;
+  };
+  cell.write = primary(write);
+  cell.read = primary(read);
+}
+
 bool Shadow::valid(const Cell *cell, uint64_t address, unsigned bytes) const {
   bool all = true;
   for_cells(const_cast<Cell *>(cell), address, bytes, [&](Cell &c, uint8_t part, uint64_t) { all &= (c.valid & part) == part; });
@@ -235,7 +253,7 @@ void GlobalMemory::set_initialised(uint64_t address, uint64_t bytes) {
     shadow_.set_valid(cells(at, 0), at, (unsigned)std::min((at | 4095) + 1 - at, address + bytes - at), true);
 }
 
-Cell *GlobalMemory::cells(uint64_t address, uint64_t launch) {
+Cell *GlobalMemory::cells(uint64_t address, uint64_t launch, uint64_t after) {
   const uint64_t number = address >> 12;
   if (number != last_page_) {
     std::unique_ptr<Page> &page = pages_[number];
@@ -250,7 +268,8 @@ Cell *GlobalMemory::cells(uint64_t address, uint64_t launch) {
     last_page_data_ = page.get();
   }
   if (launch && last_page_data_->launch != launch) {  // launches follow each other: what an earlier one did is ordered
-    for (Cell &cell : last_page_data_->cells) shadow_.forget(cell);
+    const bool kept = after && last_page_data_->launch == after;
+    for (Cell &cell : last_page_data_->cells) kept ? shadow_.keep_as_primary(cell) : shadow_.forget(cell);
     last_page_data_->launch = launch;
   }
   return &last_page_data_->cells[(address & 4095) / 4];
@@ -310,7 +329,7 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
     }
     if (write && (!a->writable || space == Space::kConst))
       return fail("read-only", verb + std::to_string(bytes) + " bytes, " + std::to_string(address - a->address) + " bytes into " + a->name + ", which is an input");
-    return {(uint8_t *)address, space == Space::kConst ? nullptr : launch.global->cells(address, launch.id), &launch.global->shadow(), space, address};
+    return {(uint8_t *)address, space == Space::kConst ? nullptr : launch.cells(address), &launch.global->shadow(), space, address};
   }
   if (space == Space::kShared || space == Space::kSharedCluster) {
     Cta *cta = warp.cta;

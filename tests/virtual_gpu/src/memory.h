@@ -35,6 +35,9 @@ struct Cell {
   uint8_t reads_in_flight = 0, writes_in_flight = 0;
 };
 
+// Stands for all blocks of the launch before, if this one was allowed to start before its end (griddepcontrol).
+constexpr uint32_t kPrimary = 0xffffffff;
+
 // The part of the checks that shared and global memory have in common.
 class Shadow {
  public:
@@ -48,6 +51,7 @@ class Shadow {
   bool valid(const Cell *cell, uint64_t address, unsigned bytes) const;
   void set_valid(Cell *cell, uint64_t address, unsigned bytes, bool value);
   void forget(Cell &cell);  // the accesses, not the validity
+  void keep_as_primary(Cell &cell);
 
  private:
   void probe_cell(Cell &cell, uint8_t bytes, bool write, const Actor &actor, uint64_t address);
@@ -84,7 +88,9 @@ class GlobalMemory {
   bool unmap(uint64_t address);
   const Allocation *find(uint64_t address) const;
   const Allocation *nearest(uint64_t address) const;  // for messages
-  Cell *cells(uint64_t address, uint64_t launch);     // the cell of an address; a page is 4096 bytes; launch 0: from the host
+  // The cell of an address; a page is 4096 bytes. launch: which one asks (0: the host); after: the earlier launch that may
+  // still run (0: none), whose accesses are kept as those of block kPrimary.
+  Cell *cells(uint64_t address, uint64_t launch, uint64_t after = 0);
   void set_initialised(uint64_t address, uint64_t bytes);  // by the host
   Shadow &shadow() { return shadow_; }
 

@@ -92,6 +92,7 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
   launch.program = program;
   launch.options = options;
   launch.id = ++launches;
+  if (shape.programmatic) launch.after = launch.id - 1;
   launch.global = &memory;
   launch.reports = &reports;
   const uint64_t limits[3] = {0x7fffffff, 65535, 65535};
@@ -193,12 +194,13 @@ VGPU_API void vgpu_unload(void *module) {
 }
 
 VGPU_API int vgpu_launch(void *module, const char *kernel, const uint32_t *grid, const uint32_t *block, const uint32_t *cluster, uint64_t dynamic_shared,
-                         void **args) {
+                         int programmatic, void **args) {
   vgpu::LaunchShape shape;
   memcpy(shape.grid, grid, 12);
   memcpy(shape.block, block, 12);
   memcpy(shape.cluster, cluster, 12);
   shape.dynamic_shared = dynamic_shared;
+  shape.programmatic = programmatic;
   vgpu::Function function;
   function.name = kernel;
   function.max_dynamic_shared = device().max_shared();

@@ -106,7 +106,7 @@ bool issue(Warp &w, int lane, const Inst &in, std::unique_ptr<BulkCopy> copy, Ma
     for (Cta *cta : copy->targets) cta->shared.shadow.in_flight(&cta->shared.cells[p.shared / 4], p.shared, p.bytes, !copy->store, 1);
     for (uint64_t at = p.global; !p.fill && at < p.global + p.bytes;) {
       const uint32_t n = (uint32_t)std::min(p.global + p.bytes - at, 4096 - (at & 4095));
-      launch.global->shadow().in_flight(launch.global->cells(at, launch.id), at, n, copy->store, 1);
+      launch.global->shadow().in_flight(launch.cells(at), at, n, copy->store, 1);
       at += n;
     }
     if (!p.fill) (copy->store ? launch.counters.async_store_bytes : launch.counters.async_load_bytes) += p.bytes;
