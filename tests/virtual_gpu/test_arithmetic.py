@@ -509,7 +509,8 @@ case("fma.rn.f64", "f64", ["f64"] * 3, real(FMA, "f64"))
 for t in ("f32", "f64"):
     case(f"div.rn.{t}", t, [t, t], real(DIV, t))
     case(f"rcp.rn.{t}", t, [t], real(lambda a: 1 / a, t))
-    case(f"sqrt.rn.{t}", t, [t], lambda a, f={"f32": np.float32, "f64": np.float64}[t]: math.nan if a < 0 else float(np.sqrt(f(a))))
+    case(f"sqrt.rn.{t}", t, [t],
+         lambda a, f={"f32": np.float32, "f64": np.float64}[t]: math.nan if a < 0 else float(np.sqrt(f(a))))
 case("div.rn.ftz.f32", "f32", ["f32"] * 2, real(DIV, "f32", "rn", ["ftz"]))
 for t in ("f16", "bf16"):
     for packed in ("", "x2"):
@@ -753,10 +754,13 @@ UNDEFINED = ("mov.u32 %r9, never; ld.shared.u32 %r3, [%r9]; "
 
 @pytest.mark.parametrize("statements", [
     "add.s32 %r1, %r3, 1;", "fma.rn.f32 %r1, %r5, %r3, %r5;", "mad.lo.s32 %r1, %r6, %r6, %r3;", "ex2.approx.f32 %r1, %r3;",
-    "cvt.rn.bf16x2.f32 %r1, %r5, %r3;", "cvt.u64.u32 %l3, %r3; cvt.u32.u64 %r1, %l3;", "mov.b64 %l3, {%r6, %r3}; mov.b64 {%r1, _}, %l3;",
-    "cvt.u16.u32 %h1, %r3; mov.b32 %r1, {%h1, %h1};", "setp.lt.s32 %p2, %r3, 5; selp.u32 %r1, 1, 0, %p2;", "selp.b32 %r1, %r6, %r3, %p4;",
+    "cvt.rn.bf16x2.f32 %r1, %r5, %r3;", "cvt.u64.u32 %l3, %r3; cvt.u32.u64 %r1, %l3;",
+    "mov.b64 %l3, {%r6, %r3}; mov.b64 {%r1, _}, %l3;",
+    "cvt.u16.u32 %h1, %r3; mov.b32 %r1, {%h1, %h1};", "setp.lt.s32 %p2, %r3, 5; selp.u32 %r1, 1, 0, %p2;",
+    "selp.b32 %r1, %r6, %r3, %p4;",
     "setp.lt.s32 %p2, %r3, 5; and.pred %p2, %p2, %p5; selp.u32 %r1, 1, 0, %p2;", "set.lt.u32.s32 %r1, %r3, 5;",
-    "setp.lt.or.s32 %p2|%p3, %r3, 5, %p4; selp.u32 %r1, 1, 0, %p3;", "prmt.b32 %r1, %r6, %r3, 0x5410;", "fma.rn.bf16x2 %r1, %r5, %r5, %r3;",
+    "setp.lt.or.s32 %p2|%p3, %r3, 5, %p4; selp.u32 %r1, 1, 0, %p3;", "prmt.b32 %r1, %r6, %r3, 0x5410;",
+    "fma.rn.bf16x2 %r1, %r5, %r5, %r3;",
     "mov.b32 %r1, %r3;", "setp.lt.s32 %p2, %r3, 5; mov.pred %p3, %p2; not.pred %p3, %p3; selp.u32 %r1, 1, 0, %p3;",
     "cvt.rzi.s32.f32 %r1, %r3;", "sub.s32 %r4, %r6, 1; div.u32 %r1, %r6, %r4;", "sub.s32 %r4, %r6, 1; rem.s32 %r1, %r6, %r4;",
 ])

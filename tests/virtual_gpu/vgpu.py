@@ -175,12 +175,12 @@ class _Mapped:
     def __enter__(self):
         for address, (size, name, writable, initialised) in self.ranges.items():
             self.c.vgpu_map(address, size, name.encode(), writable, initialised)
-        self.now |= self.ranges.keys()
+        self.now.update(self.ranges)
 
     def __exit__(self, *error):
         for address in self.ranges:
             self.c.vgpu_unmap(address)
-        self.now -= self.ranges.keys()
+        self.now.difference_update(self.ranges)
 
 
 class Module:

@@ -453,7 +453,7 @@ bool same(Form &f, Plan &p) {
       return integer<Op, T, T, T, T>;
     else
       return integer<Op, T, T, T, T, T>;
-  }), t, std::vector<Type>(kCount, t));
+  }), t, std::vector<Type>(kCount, t), t == Type::kF32 || t == Type::kF64 ? Class::kFloat : Class::kInteger);
 }
 
 template <class Op, class List>

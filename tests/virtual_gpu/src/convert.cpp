@@ -249,7 +249,7 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
     if (!inexact) with_real(in.type, [&](auto tag) { inexact = loses<typename decltype(tag)::type>(in.type2); });
     const bool plain = rounds && !(in.a & kIntegral);
     if (inexact != plain || (in.a & kIntegral && in.type != in.type2)) return false;
-    if (in.type == Type::kF64 && type_bytes(in.type2) == 8 && is_integer(in.type2) && in.b) return false;  // a double is too small
+    if (in.type == Type::kF64 && type_bytes(in.type2) == 8 && is_integer(in.type2) && in.b) return false;  // not exact before
     in.exec = cvt_to_real;
   }
   d.destination(to);
