@@ -10,6 +10,7 @@ silicon.Gpu, which has the same methods.
 """
 import ctypes
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -75,12 +76,47 @@ def library():
 
 @functools.cache
 def compile(source, arch, *options):
-    """PTX of a CUDA source file next to this one ("80", "90", "90a")."""
+    """PTX of a CUDA source file next to this one ("80", "90", "90a"). It is kept in build/, for machines that have a GPU and no nvcc."""
     path = Path(__file__).parent / source
-    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", "-I", CSRC, f"-arch=compute_{arch}", *options, "-o", "-", path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    text = "".join(p.read_text() for p in [path, *sorted((CSRC / "cuda/common").glob("ptx_*.cuh"))])
+    kept = ROOT / "build/ptx" / f"{path.stem}.{arch}.{hashlib.sha256((text + repr(options)).encode()).hexdigest()[:16]}.ptx"
+    if not kept.exists():
+        command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", "-I", CSRC, f"-arch=compute_{arch}", *options, "-o", "-", path]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(done.stdout)
+    return kept.read_text()
+
+
+def describe(ptx):
+    """{kernel: dict(kernel, params: their sizes in bytes)} of a PTX text."""
+    found = {}
+    for match in re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)", ptx):
+        sizes = []
+        for param in filter(None, (p.strip() for p in match[2].split(","))):
+            kind, count = re.search(r"\.[bsuf](\d+)\s", param), re.search(r"\[(\d+)\]", param)
+            sizes.append(int(kind[1]) // 8 * (int(count[1]) if count else 1))
+        found[match[1]] = dict(kernel=match[1], params=sizes)
+    return found
+
+
+def one_kernel(kernels, name):
+    """The kernel of that name, or the one whose mangled name contains it."""
+    names = [k for k in kernels if k == name] or [k for k in kernels if name in k]
+    assert len(names) == 1, f"{name}: {names} of {list(kernels)}"
+    return names[0]
+
+
+def three(x):
+    x = (x,) if isinstance(x, int) else tuple(x)
+    return (*x, *[1] * (3 - len(x)))
+
+
+def arrays_of(args, written, fresh):
+    """The memory of a launch's arguments, for mapped()."""
+    arrays = [(i, x.array if isinstance(x, TensorMap) else x) for i, x in enumerate(args)]
+    return [(f"argument {i}", x, written is None or i in written, i not in fresh) for i, x in arrays if isinstance(x, np.ndarray)]
 
 
 def memory_of(array):
@@ -91,21 +127,25 @@ def memory_of(array):
 
 
 class TensorMap:
-    """A CUtensorMap of a 2D or 3D array; `box` and the array's shape outermost first. swizzle: 0, 32, 64 or 128 bytes."""
-    TYPES = {"uint8": 0, "uint16": 9, "float16": 6, "float32": 7, "int32": 3}
+    """A CUtensorMap of an array; `box` and the array's shape outermost first. swizzle: 0, 32, 64 or 128 bytes."""
+    TYPES = {"uint8": 0, "uint16": 9, "float16": 6, "float32": 7, "int32": 3}  # uint16 holds bfloat16
 
     def __init__(self, array, box, swizzle=0):
+        assert array.strides[-1] == array.itemsize
         self.array, self.box, self.swizzle = array, tuple(box), swizzle
 
-    def arguments(self):
-        """For cuTensorMapEncodeTiled after the map itself."""
-        a = self.array
-        assert a.strides[-1] == a.itemsize
-        dims = (ctypes.c_uint64 * a.ndim)(*a.shape[::-1])
-        strides = (ctypes.c_uint64 * a.ndim)(*a.strides[-2::-1])
-        box = (ctypes.c_uint32 * a.ndim)(*self.box[::-1])
-        ones = (ctypes.c_uint32 * a.ndim)(*[1] * a.ndim)
-        return self.TYPES[a.dtype.name], a.ndim, dims, strides, box, ones, 0, {0: 0, 32: 1, 64: 2, 128: 3}[self.swizzle], 0, 0
+
+def encode(function, tensor, pointer):
+    """The 128 bytes that `function` (cuTensorMapEncodeTiled) makes; LaunchError if it refuses."""
+    a, memory = tensor.array, np.zeros(192, np.uint8)
+    memory = memory[-memory.ctypes.data % 64:][:128]
+    dims, strides = (ctypes.c_uint64 * a.ndim)(*a.shape[::-1]), (ctypes.c_uint64 * a.ndim)(*a.strides[-2::-1])
+    box, ones = (ctypes.c_uint32 * a.ndim)(*tensor.box[::-1]), (ctypes.c_uint32 * a.ndim)(*[1] * a.ndim)
+    status = function(ctypes.c_void_p(memory.ctypes.data), TensorMap.TYPES[a.dtype.name], a.ndim, ctypes.c_void_p(pointer), dims, strides, box, ones, 0,
+                      {0: 0, 32: 1, 64: 2, 128: 3}[tensor.swizzle], 0, 0)
+    if status:
+        raise LaunchError(f"cuTensorMapEncodeTiled refused a box of {tensor.box} of shape {a.shape}")
+    return memory
 
 
 class Gpu:
@@ -201,32 +241,19 @@ class Module:
         """Runs a kernel. kernel: its name, or a part of its mangled name that one kernel has. args: numpy arrays (device memory),
         numpy scalars, TensorMaps. written: indices of the arrays that it may write (None: all). fresh: indices of those whose
         contents are undefined when it starts. programmatic: it may start before the launch before it ends (griddepcontrol)."""
-        names = [name for name in self.kernels if name == kernel] or [name for name in self.kernels if kernel in name]
-        assert len(names) == 1, f"{kernel}: {names} of {list(self.kernels)}"
-        arrays, pointers, keep = [], [], []
-        for i, (value, size) in enumerate(zip(args, self.kernels[names[0]]["params"], strict=True)):
+        name, keep = one_kernel(self.kernels, kernel), []
+        for i, (value, size) in enumerate(zip(args, self.kernels[name]["params"], strict=True)):
             if isinstance(value, TensorMap):
-                block_ = np.zeros(256, np.uint8)
-                start = -block_.ctypes.data % 64
-                if self.c.vgpu_encode_tiled(block_.ctypes.data + start, *value.arguments()[:2], value.array.ctypes.data, *value.arguments()[2:]):
-                    raise LaunchError(f"argument {i}: cuTensorMapEncodeTiled refused a box of {value.box} of shape {value.array.shape}")
-                arrays.append((f"argument {i}", value.array, written is None or i in written, i not in fresh))
-                keep.append(block_)
-                pointers.append(block_.ctypes.data + start)
-                continue
-            if isinstance(value, np.ndarray):
-                arrays.append((f"argument {i}", value, written is None or i in written, i not in fresh))
-                value = np.uint64(value.ctypes.data)
-            value = np.array(value)
-            assert value.nbytes == size, f"argument {i} of {kernel}: {size} bytes, got {value.nbytes}"
+                value = encode(self.c.vgpu_encode_tiled, value, value.array.ctypes.data)
+            else:
+                value = np.array(np.uint64(value.ctypes.data) if isinstance(value, np.ndarray) else value)
+            assert value.nbytes == size, f"argument {i} of {name}: {size} bytes, got {value.nbytes}"
             keep.append(value)
-            pointers.append(value.ctypes.data)
-        three = lambda x, fill: (ctypes.c_uint32 * 3)(*((x,) if isinstance(x, int) else tuple(x)), *[fill] * (3 - len((x,) if isinstance(x, int) else tuple(x))))
+        shape = [(ctypes.c_uint32 * 3)(*x) for x in (three(grid), three(block), three(cluster) if cluster else (0, 0, 0))]
+        pointers = (ctypes.c_void_p * max(1, len(keep)))(*(value.ctypes.data for value in keep))
         self.gpu.start()
-        with self.gpu.mapped(arrays):
-            failed = self.c.vgpu_launch(self.handle, names[0].encode(), three(grid, 1), three(block, 1), three(cluster, 1 if cluster else 0), shared, programmatic,
-                                        (ctypes.c_void_p * max(1, len(pointers)))(*pointers))
-            if failed:
+        with self.gpu.mapped(arrays_of(args, written, fresh)):
+            if self.c.vgpu_launch(self.handle, name.encode(), *shape, shared, programmatic, pointers):
                 raise LaunchError(self.c.vgpu_error().decode())
             self.gpu.finish()
 

@@ -97,12 +97,12 @@ class Parser {
         while (!at("{")) next();
         skip_braces();
       } else if (word == ".visible" || word == ".weak" || word == ".extern" || word == ".common") {
-        external_ = next() == ".extern";
+        next();
       } else if (word == ".entry") {
         next();
         entry();
       } else if (word == ".func") {
-        fail("device functions that are not inlined are not covered");
+        device_function();
       } else if (word == ".global" || word == ".const" || word == ".shared") {
         variable(module_->variables);
       } else {
@@ -177,8 +177,13 @@ class Parser {
       if (list) expect("}");
     }
     expect(";");
-    external_ = false;
     into.push_back(v);
+  }
+
+  // Device functions that are not inlined are not covered: the calls stop, the rest of the module runs.
+  void device_function() {
+    while (!at("{") && !at(";")) next();
+    if (!accept(";")) skip_braces();
   }
 
   void entry() {
@@ -256,7 +261,7 @@ class Parser {
       if (at("")) fail("a kernel without an end");
       if (at("{")) {
         body();
-      } else if (at(".reg")) {
+      } else if (at(".reg") || peek().rfind(".reg.", 0) == 0) {
         registers();
       } else if (at(".shared") || at(".local")) {
         variable(kernel_->variables);
@@ -277,8 +282,8 @@ class Parser {
   }
 
   void registers() {
-    next();
-    const std::string type = next();
+    std::string type = next().substr(4);  // .reg.b32 may be one word
+    if (type.empty()) type = next();
     const int bytes = type_bytes(type);
     if (bytes > 8) fail("128-bit registers are not covered");
     const Register::Class kind = bytes == 0 ? Register::kPredicate : bytes == 8 ? Register::k64 : Register::k32;
@@ -427,7 +432,6 @@ class Parser {
   std::unique_ptr<Module> module_;
   Kernel *kernel_ = nullptr;
   size_t at_ = 0;
-  bool external_ = false;
   int location_ = -1;
   std::vector<Scope> scopes_;
   std::vector<int> open_;  // indices of the scopes we are in, outermost first

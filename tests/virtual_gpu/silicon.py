@@ -1,0 +1,117 @@
+"""An NVIDIA GPU behind the interface of vgpu.Gpu, through the CUDA driver: the kernels of the virtual GPU's own tests run on both, and
+so confirm what it says instructions do. Reports and counters are the virtual GPU's alone."""
+import contextlib
+import ctypes
+
+import numpy as np
+
+import vgpu
+
+
+class DriverError(Exception):
+    """A call of the CUDA driver that failed, by name and number."""
+
+
+class Gpu:
+    """Device 0. `arch` must not be newer than it; the schedule is the hardware's, so the other settings do nothing."""
+    virtual = False
+
+    def __init__(self, arch=90, seed=0, random_completion=False, **settings):
+        self.arch, self.counters, self.arrays = arch, [], {}
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+        self.call("cuInit", 0)
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self.call("cuDeviceGet", ctypes.byref(device), 0)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self.call("cuCtxSetCurrent", context)
+
+    def call(self, name, *args):
+        if status := getattr(self.cuda, name)(*args):
+            raise DriverError(f"{name}: error {status}")
+
+    def module(self, ptx):
+        return Module(self, ptx)
+
+    @contextlib.contextmanager
+    def mapped(self, arrays):
+        """The arrays' memory on the device, copied there and, what is writable, back at the end."""
+        made = {}
+        for name, array, writable, initialised in arrays:
+            address, size = vgpu.memory_of(array)
+            if not size or address in self.arrays:
+                continue
+            pointer = ctypes.c_uint64()
+            self.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
+            self.call("cuMemcpyHtoD_v2", pointer, ctypes.c_void_p(address), ctypes.c_size_t(size))
+            made[address] = pointer, size, writable
+        self.arrays.update(made)
+        try:
+            yield
+            self.call("cuCtxSynchronize")
+            for address, (pointer, size, writable) in made.items():
+                if writable:
+                    self.call("cuMemcpyDtoH_v2", ctypes.c_void_p(address), pointer, ctypes.c_size_t(size))
+        finally:
+            for address, (pointer, _, _) in made.items():
+                self.cuda.cuMemFree_v2(pointer)
+                del self.arrays[address]
+
+    def pointer(self, array):
+        address, _ = vgpu.memory_of(array)
+        return self.arrays[address][0].value + array.ctypes.data - address
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint32 * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("shared", ctypes.c_uint32), ("stream", ctypes.c_void_p),
+                ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint32)]
+
+
+CLUSTER_DIMENSION, PROGRAMMATIC = 4, 6  # CUlaunchAttributeID
+MAX_DYNAMIC_SHARED, WIDE_CLUSTERS = 8, 14  # CUfunction_attribute
+
+
+class Module:
+    """Kernels from PTX text; `launch` takes what vgpu.Module.launch takes."""
+
+    def __init__(self, gpu, ptx):
+        self.gpu, self.handle = gpu, ctypes.c_void_p()
+        self.kernels = vgpu.describe(ptx)
+        gpu.call("cuModuleLoadData", ctypes.byref(self.handle), ptx.encode() + b"\0")
+
+    def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=(), programmatic=False):
+        name = vgpu.one_kernel(self.kernels, kernel)
+        with self.gpu.mapped(vgpu.arrays_of(args, written, fresh)):
+            self._launch(name, vgpu.three(grid), vgpu.three(block), vgpu.three(cluster) if cluster else None, args, shared, programmatic)
+            self.gpu.call("cuCtxSynchronize")
+
+    def _launch(self, name, grid, block, cluster, args, shared, programmatic):
+        gpu, function, keep = self.gpu, ctypes.c_void_p(), []
+        gpu.call("cuModuleGetFunction", ctypes.byref(function), self.handle, name.encode())
+        if shared > 48 * 1024:
+            gpu.call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
+        for value, size in zip(args, self.kernels[name]["params"], strict=True):
+            if isinstance(value, vgpu.TensorMap):
+                value = vgpu.encode(gpu.cuda.cuTensorMapEncodeTiled, value, gpu.pointer(value.array))
+            else:
+                value = np.array(np.uint64(gpu.pointer(value)) if isinstance(value, np.ndarray) else value)
+            assert value.nbytes == size, f"an argument of {name}: {size} bytes, got {value.nbytes}"
+            keep.append(value)
+        attributes = (_Attribute * 2)()
+        count = 0
+        if cluster:
+            attributes[count].id = CLUSTER_DIMENSION
+            attributes[count].value[:3] = cluster
+            count += 1
+            if np.prod(cluster) > 8:
+                gpu.call("cuFuncSetAttribute", function, WIDE_CLUSTERS, ctypes.c_int(1))
+        if programmatic:
+            attributes[count].id = PROGRAMMATIC
+            attributes[count].value[0] = 1
+            count += 1
+        config = _Config((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), shared, None, attributes, count)
+        pointers = (ctypes.c_void_p * max(1, len(keep)))(*(value.ctypes.data for value in keep))
+        gpu.call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
