@@ -86,7 +86,7 @@ struct WgmmaOp {
 struct WarpMatrix {
   std::deque<WgmmaOp> pending;            // not known to be complete to this warp
   uint64_t issued = 0, committed = 0;     // products; groups
-  std::vector<uint32_t> written;          // by slot: value of `fences` + 1 when an ordinary instruction last wrote it
+  std::vector<uint32_t> accessed;         // by slot: value of `fences` + 1 when another instruction last read or wrote it
   uint32_t fences = 0;
   std::vector<uint16_t> accumulates, reads;  // by slot: pending products that write it, and that read it as A
 };
@@ -97,7 +97,7 @@ struct WarpGroup {
   uint64_t completed = 0;                 // products done for all four
 };
 
-// Operands of an ordinary instruction against products in flight; notes what it writes.
+// Operands of an ordinary instruction against products in flight; notes what it accesses.
 void wgmma_check(Warp &warp, const Inst &in);
 
 // Sync through memory: what atomics and strong accesses publish at an address.

@@ -288,7 +288,7 @@ void start_warp(Warp &warp, const Launch &launch) {
     for (int l = 0; l < 32; ++l) warp.at<uint32_t>(s.slot)[l] = special_value(s.name, launch, warp, l);
   }
   if (program.has_wgmma) {
-    warp.matrix.written.assign((size_t)program.units, 0);
+    warp.matrix.accessed.assign((size_t)program.units, 0);
     warp.matrix.accumulates.assign((size_t)program.units, 0);
     warp.matrix.reads.assign((size_t)program.units, 0);
   }
@@ -318,7 +318,10 @@ void Launch::start() {
     cta.y = cy * cluster[1] + rank / cluster[0] % cluster[1];
     cta.z = cz * cluster[2] + rank / cluster[0] / cluster[1];
     cta.index = cta.x + grid[0] * (cta.y + grid[1] * cta.z);
-    for (uint8_t &byte : cta.shared.data) byte = (uint8_t)random();
+    for (size_t i = 0; i < cta.shared.data.size(); i += 8) {  // garbage: a multiple of 16 bytes
+      const uint64_t garbage = random();
+      memcpy(&cta.shared.data[i], &garbage, 8);
+    }
     for (uint32_t w = 0; w < warps; ++w) {
       cta.warps.emplace_back(new Warp);
       cta.warps.back()->cta = &cta;

@@ -1,5 +1,5 @@
-// wgmma (PTX ISA 9.7.15: fragments 9.7.15.5.1, descriptors and layouts of shared memory 9.7.15.5.2, mma_async 9.7.15.5.3 ff.,
-// fence, commit_group and wait_group 9.7.15.7). A product runs when the first of its four warps waits for it, all having
+// wgmma (PTX ISA 9.7.15: fragments 9.7.15.5.1.1, shared memory layouts and descriptors 9.7.15.5.1.2, mma_async 9.7.15.5.2, fence,
+// commit_group and wait_group 9.7.15.7). A product runs when the first of its four warps waits for it, all having
 // issued it; until its own wait, no warp may touch its accumulators.
 #include <cstring>
 
@@ -203,22 +203,23 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
       if (theirs.number == op.number && (theirs.inst->statement != in.statement || theirs.b_descriptor != op.b_descriptor))
         say("divergent-collective", "the warps of a warpgroup issue different products");
 
-  // Registers: ordinary writes come before a wgmma.fence; accumulators in flight go on only as the same accumulators.
+  // Registers: wgmma.fence stands before the first product and between other accesses to its registers and a product; only
+  // accumulators in flight may go on as the same accumulators (9.7.15.7.1).
+  if (m.fences == 0) say("wgmma", "no wgmma.fence before the first product of the warp");
   for (int i = 0; i < shape.outputs; ++i) {
     const Slot slot = in.r[i];
     if (m.accumulates[slot]) {
       bool chain = false;
       for (const WgmmaOp &before : m.pending) chain |= before.inst->r[i] == slot && before.inst->a == in.a && before.inst->c == in.c;
       if (!chain) say("wgmma", "an accumulator is still in flight with another shape");
-    } else if (m.written[slot] == m.fences + 1 && op.scale_d) {
-      say("wgmma", "an accumulator was written by an ordinary instruction after the last wgmma.fence");
-      break;
+    } else if (m.accessed[slot] == m.fences + 1) {
+      say("wgmma", "an accumulator was accessed by another instruction after the last wgmma.fence");
     }
     ++m.accumulates[slot];
   }
   for (int i = 0; shape.a_registers && i < 4; ++i) {
     if (m.accumulates[a[i]]) say("wgmma", "an A register is an accumulator in flight");
-    else if (m.written[a[i]] == m.fences + 1) say("wgmma", "an A register was written after the last wgmma.fence");
+    else if (m.accessed[a[i]] == m.fences + 1) say("wgmma", "an A register was accessed after the last wgmma.fence");
     ++m.reads[a[i]];
   }
 
@@ -311,12 +312,14 @@ void wgmma_check(Warp &w, const Inst &in) {
       return;
     }
   };
-  for (const Slot slot : w.launch().program->used[i])
+  for (const Slot slot : w.launch().program->used[i]) {
     if (m.accumulates[slot]) say("reads an accumulator of");
+    m.accessed[slot] = m.fences + 1;
+  }
   for (const Slot slot : w.launch().program->defined[i]) {
     if (m.accumulates[slot]) say("writes an accumulator of");
     if (m.reads[slot]) say("writes an A register of");
-    m.written[slot] = m.fences + 1;
+    m.accessed[slot] = m.fences + 1;
   }
 }
 
