@@ -169,7 +169,7 @@ void wait_group(Warp &w, const Inst &in, Mask m) {
   ++w.launch().changes;
 }
 
-// cp.async.mbarrier.arrive (9.7.13.15.16): r: address. in.a: noinc
+// cp.async.mbarrier.arrive (9.7.13.15.15): r: address. in.a: noinc
 void mbarrier_arrive_copies(Warp &w, const Inst &in, Mask m) {
   for (Mask rest = m; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);

@@ -1,5 +1,5 @@
-// Operations of the lanes of a warp together (PTX ISA 9.7.9.6 shfl.sync, 9.7.13.2 bar.warp.sync, 9.7.13.7 to 9.7.13.12 vote,
-// match, activemask, redux, elect): they complete when all lanes of the member mask that have not exited are at the same
+// Operations of the lanes of a warp together (PTX ISA 9.7.9.6 shfl.sync, 9.7.13.2 bar.warp.sync, 9.7.13.9 vote.sync to
+// 9.7.13.12 redux.sync, 9.7.13.14 elect.sync): they complete when all lanes of the member mask that have not exited are at the same
 // operation, also at different statements: nvcc keeps copies in both arms of a branch.
 #include "decode.h"
 #include "machine.h"

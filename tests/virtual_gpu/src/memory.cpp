@@ -119,7 +119,7 @@ inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const
                              actor.launch->who(access) + (access.flags & kWrite ? " wrote" : " read") + " without a barrier between them");
     return;
   }
-  // An ordinary write is visible to the async proxy only behind a proxy fence (PTX ISA 8.9 "Proxies").
+  // An ordinary write is visible to the async proxy only behind a proxy fence (PTX ISA 8 "Memory Consistency Model": proxies).
   if ((actor.flags & kAsyncProxy) && !(access.flags & kAsyncProxy) && (access.flags & kWrite) && !write &&
       !known(actor.visible, access, access.lanes))
     actor.launch->report("proxy", actor.warp, __builtin_ctz(actor.lanes), actor.inst,

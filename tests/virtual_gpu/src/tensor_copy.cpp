@@ -1,4 +1,4 @@
-// cp.async.bulk and cp.async.bulk.tensor (PTX ISA 9.7.9.25.4 and 9.7.9.27; swizzles and tile mode: 5.5 "Tensors").
+// cp.async.bulk, cp.async.bulk.tensor and their groups (PTX ISA 9.7.9.25.4 to 9.7.9.25.6; tile mode and swizzles: 5.5 "Tensors").
 #include <algorithm>
 #include <cstring>
 
