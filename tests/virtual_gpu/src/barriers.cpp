@@ -159,9 +159,9 @@ MBarrier *find_mbarrier(Warp &w, int lane, const Inst &in, uint64_t address, Cta
   if (!happened_before(b.initialised, who.clock, who))
     launch.report("race", &w, lane, &in, "uses the mbarrier at shared address " + std::to_string(own - kSharedBase) + " that " +
                   launch.who(b.initialised) + " initialised, without a barrier between them");
-  const Access &written = span.cells->write;
-  if (written.statement != b.initialised.statement || written.epoch != b.initialised.epoch || written.cta != b.initialised.cta)
-    launch.report("mbarrier", &w, lane, &in, "the mbarrier at shared address " + std::to_string(own - kSharedBase) + " was overwritten by " + launch.who(written));
+  for (const Access &written : {span.cells[0].write, span.cells[1].write})
+    if (written.statement != b.initialised.statement || written.epoch != b.initialised.epoch || written.cta != b.initialised.cta)
+      launch.report("mbarrier", &w, lane, &in, "the mbarrier at shared address " + std::to_string(own - kSharedBase) + " was overwritten by " + launch.who(written));
   const Lane &l = w.lanes[(size_t)lane];
   const Chunk *chunk = l.fenced ? l.fenced->find(b.initialised.cta) : nullptr;
   if (async && (!chunk || chunk->epoch[b.initialised.warp * 32u + (uint32_t)__builtin_ctz(b.initialised.lanes)] < b.initialised.epoch))
