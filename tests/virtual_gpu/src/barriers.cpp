@@ -238,6 +238,9 @@ Flow mbarrier_signal(Warp &w, Fragment &f, const Inst &in) {
     uint64_t address = w.address(in.r[1], l, in.d) + (uint64_t)in.offset;
     if (address >> 56) address &= ~kSharedWindow;
     const uint32_t value = in.c >= 0 ? w.at<uint32_t>(in.r[in.c])[l] : 1;
+    if (in.c >= 0) check_poison(w, in, w.unit_poison[in.r[in.c]] & 1u << l, "the count of an mbarrier");
+    if (in.a == 0 && (value < 1 || value >= 1 << 20))
+      w.launch().report("mbarrier", &w, l, &in, "expected a count from 1 to 2^20 - 1, got " + std::to_string(value));
     Cta *cta;
     MBarrier *b = find_mbarrier(w, l, in, address, &cta);
     if (!b) {
