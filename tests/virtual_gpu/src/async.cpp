@@ -74,6 +74,11 @@ void finish_copy(Warp &w, const CpAsync &c, const Actor &writer) {
   copy_in(w.launch(), *w.cta, c.piece, c.read, writer);
 }
 
+void abandon(Warp &w, const CpAsync &c, const char *why) {
+  w.launch().report("in-flight", &w, c.lane, c.inst, why);
+  finish_copy(w, c, actor(w, c.lane, *c.inst));
+}
+
 // Completes the copies of a lane that `which` takes, in order, as the lane's own writes.
 template <class Which>
 void finish_copies(Warp &w, const Which &which) {
@@ -313,19 +318,28 @@ void report_in_flight(Launch &launch, const Actor &who, uint64_t address, bool g
 }
 
 void async_at_exit(Warp &w) {
-  for (const CpAsync &c : w.async.copies)
-    if (!c.arrive) {
-      w.launch().report("in-flight", &w, c.lane, c.inst, "the warp ends, and nobody waited for this copy");
-      break;
-    }
-  finish_copies(w, [](const CpAsync &) { return true; });
-  w.async.copies.clear();
+  // What an mbarrier will announce goes on after the end of the warp; nobody can wait for the rest any more.
+  std::deque<CpAsync> all;
+  all.swap(w.async.copies);
+  std::array<size_t, 32> announced{};  // by lane: copies before this one
+  for (size_t i = 0; i < all.size(); ++i)
+    if (all[i].arrive) announced[(size_t)all[i].lane] = i + 1;
+  for (size_t i = 0; i < all.size(); ++i)
+    if (i < announced[(size_t)all[i].lane])
+      w.async.copies.push_back(all[i]);
+    else
+      abandon(w, all[i], "the warp ends, and nobody waited for this copy");
   if (!w.matrix.pending.empty())
     w.launch().report("in-flight", &w, 0, w.matrix.pending.front().inst, "the warp ends, and it did not wait for this matrix product");
 }
 
 void async_at_cta_exit(Cta &cta) {
   Launch &launch = *cta.launch;
+  for (auto &warp : cta.warps) {
+    for (const CpAsync &c : warp->async.copies)
+      if (!c.arrive) abandon(*warp, c, "the block ends, and nobody waited for this copy");
+    warp->async.copies.clear();
+  }
   auto &all = launch.queue.bulk;
   for (size_t i = 0; i < all.size();) {
     BulkCopy &copy = *all[i];
