@@ -76,7 +76,16 @@ void finish_copy(Warp &w, const CpAsync &c, const Actor &writer) {
 
 void abandon(Warp &w, const CpAsync &c, const char *why) {
   w.launch().report("in-flight", &w, c.lane, c.inst, why);
-  finish_copy(w, c, actor(w, c.lane, *c.inst));
+  if (!c.done) finish_copy(w, c, actor(w, c.lane, *c.inst));
+}
+
+// What was the lane's write becomes one that the mbarrier announces.
+void hand_over(Warp &w, const CpAsync &c, const Actor &writer) {
+  Cell *cells = shared_cells(*w.cta, c.piece.shared);
+  uint8_t valid[4];
+  for (uint32_t i = 0; i < c.piece.bytes / 4; ++i) valid[i] = cells[i].valid;
+  w.cta->shared.shadow.record(cells, c.piece.shared, c.piece.bytes, true, writer);
+  for (uint32_t i = 0; i < c.piece.bytes / 4; ++i) cells[i].valid = valid[i];
 }
 
 // Completes the copies of a lane that `which` takes, in order, as the lane's own writes.
@@ -90,7 +99,7 @@ void finish_copies(Warp &w, const Which &which) {
     }
     const CpAsync c = all[i];
     all.erase(all.begin() + (long)i);
-    finish_copy(w, c, actor(w, c.lane, *c.inst));
+    if (!c.done) finish_copy(w, c, actor(w, c.lane, *c.inst));
   }
 }
 
@@ -110,7 +119,8 @@ void finish_arrival(Warp &w, size_t i) {
     const CpAsync c = all[k];
     all.erase(all.begin() + (long)k);
     --i;
-    finish_copy(w, c, agent(w.launch(), c.inst, *cta, *b, false));
+    const Actor writer = agent(w.launch(), c.inst, *cta, *b, false);
+    c.done ? hand_over(w, c, writer) : finish_copy(w, c, writer);
   }
   announce(*cta, *b);
   mbarrier_arrive(*cta, *b, 1, actor(w, arrival.lane, *arrival.inst));
@@ -266,7 +276,7 @@ bool complete_some(Launch &launch) {
     for (auto &cta : c->ctas)
       for (auto &warp : cta->warps)
         for (size_t i = 0; i < warp->async.copies.size(); ++i)
-          if (any || warp->async.copies[i].arrive) choices.push_back({0, warp.get(), i});
+          if ((any && !warp->async.copies[i].done) || warp->async.copies[i].arrive) choices.push_back({0, warp.get(), i});
   if (choices.empty()) return false;
   const Choice c = choices[launch.random() % choices.size()];
   ++launch.changes;
@@ -287,9 +297,9 @@ bool complete_some(Launch &launch) {
   if (all[c.index].arrive) {
     finish_arrival(*c.warp, c.index);
   } else {
-    const CpAsync copy = all[c.index];
-    all.erase(all.begin() + (long)c.index);
+    CpAsync &copy = all[c.index];
     finish_copy(*c.warp, copy, actor(*c.warp, copy.lane, *copy.inst));
+    copy.done = true;
   }
   return true;
 }
@@ -306,7 +316,7 @@ void report_in_flight(Launch &launch, const Actor &who, uint64_t address, bool g
     for (auto &cta : c->ctas)
       for (auto &warp : cta->warps) {
         for (const CpAsync &copy : warp->async.copies)
-          if (!copy.arrive && covers(copy.piece)) return say(copy.inst, "the copy");
+          if (!copy.arrive && !copy.done && covers(copy.piece)) return say(copy.inst, "the copy");
         for (const WgmmaOp &op : warp->matrix.pending)
           for (const Piece &p : op.reads)
             if (!global && covers(p)) return say(op.inst, "the matrix product");

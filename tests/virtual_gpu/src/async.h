@@ -32,6 +32,7 @@ struct CpAsync {
   Piece piece;
   uint32_t read = 0;         // bytes beyond are zeros
   bool arrive = false;       // cp.async.mbarrier.arrive
+  bool done = false;         // completed at a random moment, and nobody knows yet
   uint64_t mbarrier = 0;
 };
 
