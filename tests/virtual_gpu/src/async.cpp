@@ -192,7 +192,9 @@ void mbarrier_arrive_copies(Warp &w, const Inst &in, Mask m) {
     c.inst = &in;
     c.lane = l;
     c.arrive = true;
+    check_poison(w, in, w.unit_poison[in.r[0]] & 1u << l, "the address of an mbarrier");
     c.mbarrier = w.address(in.r[0], l, in.d) + (uint64_t)in.offset;
+    if (c.mbarrier >> 56) c.mbarrier &= ~kSharedWindow;
     Cta *cta;
     MBarrier *b = find_mbarrier(w, l, in, c.mbarrier, &cta);
     if (!b) continue;
