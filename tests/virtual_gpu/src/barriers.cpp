@@ -134,7 +134,7 @@ void settle(Cta &cta, MBarrier &b) {
   ++b.phase;
   b.pending = b.count;
   if (b.had_transactions) b.waited = false;
-  b.had_transactions = false;
+  b.had_transactions = b.polled = false;
   if (!b.clock.empty()) b.completed = b.clock.freeze();
   if (!b.fenced.empty()) b.completed_fenced = b.fenced.freeze();
   ++cta.launch->changes;
@@ -276,6 +276,7 @@ Flow mbarrier_wait(Warp &w, Fragment &f, const Inst &in) {
       return Flow::kJumped;
     }
     const bool done = in.a ? (b->phase & 1) != (w.at<uint32_t>(in.r[2])[l] & 1) : b->phase > w.at<uint64_t>(in.r[2])[l];
+    b->polled |= !done;
     if (!done) continue;
     passed |= 1u << l;
     b->waited = true;

@@ -44,6 +44,7 @@ struct MBarrier {
   uint64_t phase = 0;
   bool waited = true;             // the last phase that had transactions was waited for
   bool had_transactions = false;  // in the current phase
+  bool polled = false;            // somebody looked in vain in the current phase
   int agent = 0;                  // component of its asynchronous copies in the block's clocks
   Access initialised;             // who called mbarrier.init, and when
   ClockBuilder clock, fenced;     // of all arrivals so far

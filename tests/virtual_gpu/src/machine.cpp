@@ -507,7 +507,7 @@ void Launch::deadlock() {
   for (auto &c : clusters)
     for (auto &cta : c->ctas)
       for (const auto &[address, b] : cta->barriers.mbarriers)
-        if ((b.pending != (int64_t)b.count || b.transactions) && ++shown < 40)
+        if ((b.polled || b.pending != (int64_t)b.count || b.transactions) && ++shown < 40)
           text += "\n  mbarrier at shared address " + std::to_string(address - kSharedBase) + " of block " + std::to_string(cta->index) + ": phase " +
                   std::to_string(b.phase) + " lacks " + std::to_string(b.pending) + " of " + std::to_string(b.count) + " arrivals and " +
                   std::to_string(b.transactions) + " bytes";
