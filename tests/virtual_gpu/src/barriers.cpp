@@ -104,12 +104,16 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
   return Flow::kJumped;
 }
 
-// in.a: 0 cta, 1 gpu or wider (cluster counts as such); 2 proxy.async and mbarrier_init; 3 nothing to model.
+// in.a: 0 cta, 1 gpu or wider (cluster counts as such); 2 proxy.async; 3 mbarrier_init.
 // A fence publishes what its thread did and saw, and makes what its relaxed reads saw happen before what follows (9.7.13.4).
 void fence(Warp &w, const Inst &in, Mask m) {
-  if (in.a == 3) return;
   for (Mask rest = m; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
+    if (in.a == 3) {  // of the mbarriers that this thread initialised (9.7.13.4)
+      for (auto &[address, b] : w.cta->barriers.mbarriers)
+        if (b.initialised.warp == w.index && b.initialised.lanes >> l & 1 && !b.fenced_at) b.fenced_at = w.epoch;
+      continue;
+    }
     Lane &lane = w.lanes[(size_t)l];
     ClockBuilder clock;
     clock.join(lane.clock);
@@ -164,7 +168,11 @@ MBarrier *find_mbarrier(Warp &w, int lane, const Inst &in, uint64_t address, Cta
       launch.report("mbarrier", &w, lane, &in, "the mbarrier at shared address " + std::to_string(own - kSharedBase) + " was overwritten by " + launch.who(written));
   const Lane &l = w.lanes[(size_t)lane];
   const Chunk *chunk = l.fenced ? l.fenced->find(b.initialised.cta) : nullptr;
-  if (async && (!chunk || chunk->epoch[b.initialised.warp * 32u + (uint32_t)__builtin_ctz(b.initialised.lanes)] < b.initialised.epoch))
+  bool fenced = chunk && chunk->epoch[b.initialised.warp * 32u + (uint32_t)__builtin_ctz(b.initialised.lanes)] >= b.initialised.epoch;
+  Access fence = b.initialised;
+  fence.epoch = b.fenced_at;
+  fenced |= b.fenced_at && happened_before(fence, who.clock, who);
+  if (async && !fenced)
     launch.report("proxy", &w, lane, &in, "an asynchronous copy signals an mbarrier that " + launch.who(b.initialised) +
                   " initialised without fence.mbarrier_init or fence.proxy.async after it");
   return &b;
@@ -398,8 +406,7 @@ bool decode_barrier(Decoder &d, const Statement &s, Inst &in) {
     in.klass = Class::kAtomic;
     const bool proxy = s.has("proxy");
     if (proxy && (s.has("tensormap::generic") || s.has("alias") || s.parts.back().rfind("async::generic", 0) == 0)) return false;
-    in.a = proxy || s.has("mbarrier_init") ? 2 : s.has("cta") ? 0 : 1;
-    if (proxy && s.parts.back() == "async::global") return false;
+    in.a = proxy ? 2 : s.has("mbarrier_init") ? 3 : s.has("cta") ? 0 : 1;
     in.exec = fence;
     return true;
   }
