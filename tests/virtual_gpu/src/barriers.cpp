@@ -406,6 +406,7 @@ bool decode_barrier(Decoder &d, const Statement &s, Inst &in) {
     in.klass = Class::kAtomic;
     const bool proxy = s.has("proxy");
     if (proxy && (s.has("tensormap::generic") || s.has("alias") || s.parts.back().rfind("async::generic", 0) == 0)) return false;
+    if (proxy && s.parts.back() == "global") return false;  // of global memory only: one clock serves both spaces here
     in.a = proxy ? 2 : s.has("mbarrier_init") ? 3 : s.has("cta") ? 0 : 1;
     in.exec = fence;
     return true;
