@@ -87,7 +87,7 @@ bool issue(Warp &w, int lane, const Inst &in, std::unique_ptr<BulkCopy> copy, Ma
     }
   for (Piece &p : copy->pieces) {
     for (Cta *cta : copy->targets) {
-      if (p.shared + p.bytes > cta->shared.data.size()) {
+      if ((uint64_t)p.shared + p.bytes > cta->shared.data.size()) {
         launch.report("out-of-range", &w, lane, &in, std::string(copy->store ? "reads" : "writes") + " shared bytes up to " + std::to_string(p.shared + p.bytes) +
                       " of " + std::to_string(cta->shared.data.size()));
         return false;

@@ -52,7 +52,7 @@ void read_tile(Cta &cta, const Descriptor &d, Type type, bool k_major, int begin
   poison.assign((size_t)(end - begin), false);
   const auto take = [&](int row, int k, bool along_k) {
     const uint32_t offset = d.unit(row, k, k_major) - kSharedBase;
-    if (offset + 16 > cta.shared.data.size()) return;
+    if ((uint64_t)offset + 16 > cta.shared.data.size()) return;
     for (int e = 0; e < 8; ++e) {
       uint16_t x;
       memcpy(&x, &cta.shared.data[offset + (uint32_t)e * 2], 2);
@@ -237,7 +237,7 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
     for (int row = begin; row < end; row += k_major ? 1 : 8)
       for (int k = 0; k < kK; k += k_major ? 8 : 1) {
         const uint32_t offset = d.unit(row, k, k_major) - kSharedBase;
-        if (offset + 16 > shared.data.size()) {
+        if ((uint64_t)offset + 16 > shared.data.size()) {
           say("out-of-range", std::string("the descriptor of ") + name + " reaches shared byte " + std::to_string((int32_t)offset) + " of " + std::to_string(shared.data.size()));
           return;
         }
