@@ -247,7 +247,8 @@ void free_source(Launch &launch, BulkCopy &copy) {
 
 void complete_store(Launch &launch, BulkCopy &copy) {
   free_source(launch, copy);
-  const Actor writer = actor(*copy.warp, copy.lane, *copy.inst);
+  Actor writer = actor(*copy.warp, copy.lane, *copy.inst);
+  writer.flags = kAsyncProxy;
   size_t from = 0;
   bool all_valid = true;
   for (const Piece &p : copy.pieces) {
