@@ -264,7 +264,7 @@ void no_effect(Warp &, const Inst &, Mask) {}
 }  // namespace
 
 bool decode_tensor_copy(Decoder &d, const Statement &s, Inst &in) {
-  if (s.parts[0] != "cp" || !s.has("bulk")) return false;
+  if (s.parts[0] != "cp" || s.parts.at(1) != "async" || !s.has("bulk")) return false;  // cp.reduce.async.bulk is not covered
   in.klass = Class::kAsync;
   if (s.has("commit_group") || s.has("wait_group")) {
     in.a = s.has("commit_group") ? 0 : s.has("read") ? 2 : 1;
@@ -276,7 +276,8 @@ bool decode_tensor_copy(Decoder &d, const Statement &s, Inst &in) {
     in.exec = no_effect;
     return true;
   }
-  if (s.has("im2col") || s.has("tile::gather4") || s.has("cp_mask")) return false;
+  for (const std::string &p : s.parts)
+    if (p.rfind("im2col", 0) == 0 || (p.rfind("tile::", 0) == 0) || p == "cp_mask") return false;
   const bool tensor = s.has("tensor");
   in.a = !tensor ? 0 : s.has("1d") ? 1 : s.has("2d") ? 2 : s.has("3d") ? 3 : s.has("4d") ? 4 : 5;
   const size_t global = std::find(s.parts.begin(), s.parts.end(), "global") - s.parts.begin();
