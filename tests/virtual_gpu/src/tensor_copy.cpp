@@ -21,7 +21,7 @@ int encode_tiled(void *out, int type, uint32_t rank, void *address, const uint64
   constexpr int kInvalid = 1;  // CUDA_ERROR_INVALID_VALUE
   static const uint8_t bytes_of[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // CUtensorMapDataType
   if (!out || (uint64_t)out % 64 || type < 0 || type > 12 || rank < 1 || rank > 5 || !address || (uint64_t)address % 16) return kInvalid;
-  if (interleave != 0 || swizzle < 0 || swizzle > 3 || fill < 0 || fill > 1) return kInvalid;  // interleaved layouts are not covered
+  if (interleave != 0 || swizzle < 0 || swizzle > 3 || fill != 0) return kInvalid;  // interleaved layouts and NaN fill are not covered
   TensorMap map;
   memset(&map, 0, sizeof map);
   map.magic = kTensorMapMagic;
@@ -29,7 +29,6 @@ int encode_tiled(void *out, int type, uint32_t rank, void *address, const uint64
   map.rank = (uint8_t)rank;
   map.element_bytes = bytes_of[type];
   map.swizzle = (uint8_t)swizzle;
-  map.fill_nan = (uint8_t)fill;
   map.stride[0] = map.element_bytes;
   for (uint32_t i = 0; i < rank; ++i) {
     if (dim[i] < 1 || dim[i] > 1ull << 32 || box[i] < 1 || box[i] > 256 || element_strides[i] != 1) return kInvalid;

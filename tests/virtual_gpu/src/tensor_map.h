@@ -10,7 +10,7 @@ struct TensorMap {
   uint64_t dim[5];       // elements, innermost first
   uint64_t stride[5];    // bytes; stride[0] is the element
   uint16_t box[5];
-  uint8_t rank, element_bytes, swizzle, fill_nan;  // swizzle: 0, 1, 2, 3 for none, 32, 64, 128 bytes
+  uint8_t rank, element_bytes, swizzle, unused;  // swizzle: 0, 1, 2, 3 for none, 32, 64, 128 bytes
   uint32_t checksum;
 };
 static_assert(sizeof(TensorMap) <= 128, "fits a CUtensorMap");
