@@ -47,6 +47,7 @@ struct BulkCopy {
   uint32_t mbarrier = 0;             // loads: its address in each target
   int64_t bytes = 0;                 // what completes there
   uint64_t group = 0;                // stores: of the lane
+  uint8_t swizzle = 0;               // loads: SharedMemory::swizzle of what they write
   std::vector<uint8_t> captured;     // stores: what was read, once the source is free again
   std::vector<bool> captured_valid;
   bool source_free = false;

@@ -102,7 +102,10 @@ bool issue(Warp &w, int lane, const Inst &in, std::unique_ptr<BulkCopy> copy, Ma
     }
   }
   for (const Piece &p : copy->pieces) {
-    for (Cta *cta : copy->targets) cta->shared.shadow.in_flight(&cta->shared.cells[p.shared / 4], p.shared, p.bytes, !copy->store, 1);
+    for (Cta *cta : copy->targets) {
+      cta->shared.shadow.in_flight(&cta->shared.cells[p.shared / 4], p.shared, p.bytes, !copy->store, 1);
+      for (uint32_t unit = p.shared / 16; !copy->store && unit * 16 < p.shared + p.bytes; ++unit) cta->shared.swizzle[unit] = copy->swizzle;
+    }
     for (uint64_t at = p.global; !p.fill && at < p.global + p.bytes;) {
       const uint32_t n = (uint32_t)std::min(p.global + p.bytes - at, 4096 - (at & 4095));
       launch.global->shadow().in_flight(launch.cells(at), at, n, copy->store, 1);
@@ -210,16 +213,10 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
             add(low, high, false);
             add(high, first + wanted, true);
           }
-          if (!in.b && to / 16 < w.cta->shared.swizzle.size())
-            for (Mask t = in.c ? kAllLanes : place.target; t; t &= t - 1)
-              if ((size_t)__builtin_ctz(t) < w.cta->cluster->ctas.size()) {
-                auto &tags = w.cta->cluster->ctas[(size_t)__builtin_ctz(t)]->shared.swizzle;
-                for (uint32_t i = 0; i < unit / 16; ++i)
-                  if (to / 16 + i < tags.size()) tags[to / 16 + i] = (uint8_t)(1 + map.swizzle);
-              }
         }
         for (int i = 1; i < 5 && ++index[i] == count[i]; ++i) index[i] = 0;
       }
+      copy->swizzle = (uint8_t)(1 + map.swizzle);
       copy->bytes = (int64_t)rows * row_bytes;  // what lies outside counts too
     }
     Mask targets = place.target;
