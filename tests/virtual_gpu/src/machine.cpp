@@ -345,7 +345,6 @@ void Launch::run() {
   counters.kernel = program->kernel->name;
   executions.assign(program->code.size(), 0);
   lane_executions.assign(program->code.size(), 0);
-  random.seed(options.seed * 0x9e3779b97f4a7c15 + id);
   const uint64_t all = (uint64_t)grid[0] * grid[1] * grid[2] / size;
   for (uint64_t i = 0; i < all; ++i) pending_.push_back(i);
 

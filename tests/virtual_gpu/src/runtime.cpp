@@ -92,6 +92,7 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
   launch.program = program;
   launch.options = options;
   launch.id = ++launches;
+  launch.random.seed(options.seed * 0x9e3779b97f4a7c15 + ++since_clear);  // what ran before vgpu_clear changes no schedule
   if (shape.programmatic) launch.after = launch.id - 1;
   launch.global = &memory;
   launch.reports = &reports;
@@ -174,6 +175,7 @@ VGPU_API const char *vgpu_counters() {
 VGPU_API void vgpu_clear() {
   device().reports.clear();
   device().counters.clear();
+  device().since_clear = 0;
 }
 
 VGPU_API const char *vgpu_error() { return device().error.c_str(); }

@@ -42,7 +42,7 @@ struct Device {
   GlobalMemory memory;
   Reports reports;
   std::vector<Counters> counters;
-  uint64_t launches = 0;
+  uint64_t launches = 0, since_clear = 0;
   std::vector<std::unique_ptr<FatBinary>> binaries;
   std::map<const void *, Function> functions;
   std::string error;  // why the last launch or load failed
