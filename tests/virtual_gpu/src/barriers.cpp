@@ -160,7 +160,8 @@ MBarrier *find_mbarrier(Warp &w, int lane, const Inst &in, uint64_t address, Cta
   }
   MBarrier &b = found->second;
   const Actor who = actor(w, lane, in);
-  if (!happened_before(b.initialised, who.clock, who))
+  const bool told = b.told_in && w.cluster_seen[(size_t)lane] >= b.told_in;
+  if (!told && !happened_before(b.initialised, who.clock, who))
     launch.report("race", &w, lane, &in, "uses the mbarrier at shared address " + std::to_string(own - kSharedBase) + " that " +
                   launch.who(b.initialised) + " initialised, without a barrier between them");
   for (const Access &written : {span.cells[0].write, span.cells[1].write})
@@ -171,7 +172,7 @@ MBarrier *find_mbarrier(Warp &w, int lane, const Inst &in, uint64_t address, Cta
   bool fenced = chunk && chunk->epoch[b.initialised.warp * 32u + (uint32_t)__builtin_ctz(b.initialised.lanes)] >= b.initialised.epoch;
   Access fence = b.initialised;
   fence.epoch = b.fenced_at;
-  fenced |= b.fenced_at && happened_before(fence, who.clock, who);
+  fenced |= b.fenced_at && (told || happened_before(fence, who.clock, who));
   if (async && !fenced)
     launch.report("proxy", &w, lane, &in, "an asynchronous copy signals an mbarrier that " + launch.who(b.initialised) +
                   " initialised without fence.mbarrier_init or fence.proxy.async after it");
@@ -304,6 +305,18 @@ int cluster_threads(const Cluster &cluster) {
   return threads;
 }
 
+// A relaxed arrival tells what the thread's last fence published: fence.mbarrier_init its mbarriers, the example of 9.7.13.4.
+void tell(Warp &w, Mask lanes, ClusterBarrier &b) {
+  for (Mask m = lanes; m; m &= m - 1) b.clock.join(w.lanes[(size_t)__builtin_ctz(m)].released);
+  for (auto &[address, mbarrier] : w.cta->barriers.mbarriers)
+    if (mbarrier.fenced_at && !mbarrier.told_in && mbarrier.initialised.warp == w.index && mbarrier.initialised.lanes & lanes) mbarrier.told_in = b.phase + 1;
+}
+
+void waited(Warp &w, Mask lanes, const ClusterBarrier &b) {
+  acquire(w, lanes, b.completed, b.completed_fenced);
+  for (Mask m = lanes; m; m &= m - 1) w.cluster_seen[(size_t)__builtin_ctz(m)] = w.cluster_phase[(size_t)__builtin_ctz(m)];
+}
+
 void check_complete(Cluster &cluster) {
   ClusterBarrier &b = cluster.barrier;
   if (b.arrived == 0 || b.arrived < cluster_threads(cluster)) return;
@@ -314,7 +327,7 @@ void check_complete(Cluster &cluster) {
   const std::vector<Waiting> waiting = std::move(b.waiting);
   b.waiting.clear();
   for (const Waiting &w : waiting) {
-    acquire(*w.warp, w.lanes, b.completed, b.completed_fenced);
+    waited(*w.warp, w.lanes, b);
     make_ready(*w.warp, w.lanes, WaitFor::kClusterBarrier);
   }
 }
@@ -334,7 +347,7 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
       mine = b.phase + 1;  // waits for the end of this phase
     }
     b.arrived += __builtin_popcount(lanes);
-    if (!in.b) release(w, lanes, b.clock, b.fenced);
+    in.b ? tell(w, lanes, b) : release(w, lanes, b.clock, b.fenced);
     ++w.launch().changes;
     for (Fragment *part : all)
       if (part != &f) jump(w, *part, part->pc + 1);
@@ -344,7 +357,7 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
   const uint64_t phase = w.cluster_phase[(size_t)__builtin_ctz(lanes)];
   if (phase == 0) w.launch().report("barrier", &w, __builtin_ctz(lanes), &in, "waits at the cluster barrier without an arrival");
   if (b.phase >= phase) {
-    acquire(w, lanes, b.completed, b.completed_fenced);
+    waited(w, lanes, b);
     for (Fragment *part : all)
       if (part != &f) jump(w, *part, part->pc + 1);
     return Flow::kNext;

@@ -48,6 +48,7 @@ struct MBarrier {
   int agent = 0;                  // component of its asynchronous copies in the block's clocks
   Access initialised;             // who called mbarrier.init, and when
   uint32_t fenced_at = 0;         // epoch of its fence.mbarrier_init, or 0
+  uint64_t told_in = 0;           // phase of barrier.cluster whose waiters know that fence by a relaxed arrival, or 0
   ClockBuilder clock, fenced;     // of all arrivals so far
   Ref<Clock> completed, completed_fenced;
   const Inst *last = nullptr;     // last arrival, for messages
