@@ -77,16 +77,16 @@ def test_producers_and_consumers(arrive, how, seed):
 RING = ring("every thread", "try_wait.parity")
 WAIT_FULL, WAIT_EMPTY, ARRIVE_FULL = wait("full", "phase"), wait("empty", "other"), ARRIVE["every thread"][1].format("full")
 RING_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at least
-    ("no wait for data", (WAIT_FULL, ""), "race", "ld.shared.u32 v", "thread .*wrote"),
+    ("no wait for data", (WAIT_FULL, ""), "race", "ld.shared.u32 v", "thread .*wrote", 2),
     ("no wait for space", (WAIT_EMPTY, ""), "race", "st.shared.u32 [at+128]", "read", 2),
-    ("consumer's parity stays", ("@p xor.b32 phase, phase, 1;", "selp.u32 r, 1, 0, producer; @p xor.b32 phase, phase, r;"), "race", "ld.shared.u32 v", "", 2),
+    ("consumer's parity stays", ("@p xor.b32 phase, phase, 1;", "selp.u32 r, 1, 0, producer; @p xor.b32 phase, phase, r;"), "race", "ld.shared.u32 v", "", 1),
     ("producer's parity not inverted", (WAIT_EMPTY, wait("empty", "phase")), "deadlock", "[empty], phase", "polls near k.cu"),
     ("relaxed arrival", (ARRIVE_FULL, "mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [full];"), "race", "ld.shared.u32 v", ""),
     ("relaxed wait", (WAIT_FULL, wait("full", "phase", "try_wait.parity.relaxed.cta")), "race", "ld.shared.u32 v", ""),
     ("more than pending", (ARRIVE_FULL, "mbarrier.arrive.shared::cta.b64 _, [full], 3;"), "mbarrier", "_, [full], 3;", "of 3 is more than the 1 of 64"),
     ("too few arrivals", (ARRIVE_FULL, "@p mbarrier.arrive.shared::cta.b64 _, [full];", "st.shared.u32 [at+128], v;", "st.shared.u32 [at+128], v; setp.ne.u32 p, tid, 9;"),
      "deadlock", "[empty], other", "mbarrier at shared address 0 of block 0: phase 0 lacks 1 of 64 arrivals"),
-    ("no barrier after init", ("bar.sync 0;", ""), "race|mbarrier", "[empty], other", "without a barrier between them|no initialised mbarrier", 2),
+    ("no barrier after init", ("bar.sync 0;", ""), "race|mbarrier", "[empty], other", "without a barrier between them|no initialised mbarrier", 1),
     ("never initialised", ("mbarrier.init.shared::cta.b64 [smem+64], 64;", ""), "mbarrier", "[empty], other", "no initialised mbarrier at shared address 64"),
     ("initialised twice", ("[smem+64], 64;", "[smem+64], 64; mbarrier.init.shared::cta.b64 [smem+64], 64;"), "mbarrier", "[smem+64], 64", "inval comes before"),
     ("count 0", ("[smem+64], 64;", "[smem+64], round;"), "mbarrier", "[smem+64], round", "count from 1 to 2.20 - 1, got 0"),

@@ -1,0 +1,437 @@
+"""Bulk and tensor copies of the virtual GPU (PTX ISA 9.7.9.25.4 and 9.7.9.27): layouts against numpy, what must happen around a
+copy, and the limits of cuTensorMapEncodeTiled (CUDA driver API 6.30)."""
+import ctypes
+
+import numpy as np
+import pytest
+
+import vgpu
+from ptx_kernel import Kernel, only, wait
+
+if vgpu.missing():
+    pytest.skip(vgpu.missing(), allow_module_level=True)
+
+MODES = pytest.mark.parametrize("seed, random_completion", [(0, False), (1, True), (2, False), (3, True)])
+
+
+def gpu(seed=0, random_completion=False):
+    return vgpu.Gpu(arch=90, seed=seed, random_completion=random_completion)
+
+
+def swizzle_bytes(data, swizzle):
+    """Bytes as they lie from an address that is a multiple of 1024: 16-byte units of a 128-, 64- or 32-byte swizzle have their
+    address bits 4.. xored with bits 7.. (three, two or one of them; PTX ISA 5.5.7)."""
+    offset = np.arange(data.size)
+    out = np.zeros_like(data)
+    out[offset ^ (offset >> 7 & (swizzle // 16 - 1) if swizzle else 0 * offset) << 4] = data
+    return out
+
+
+def box_of(tensor, box, origin):
+    """The box at an origin (outermost first), zeros outside the tensor, and which of its elements are inside."""
+    at = [np.arange(o, o + n) for o, n in zip(origin, box)]
+    inside = np.ones(box, bool)
+    for axis, (i, n) in enumerate(zip(at, tensor.shape)):
+        inside &= ((0 <= i) & (i < n)).reshape([-1 if a == axis else 1 for a in range(tensor.ndim)])
+    values = tensor[np.ix_(*[np.clip(i, 0, n - 1) for i, n in zip(at, tensor.shape)])]
+    return np.where(inside, values, 0).astype(tensor.dtype), inside
+
+
+def each_word(count, body):
+    """`body` for i in range(count) by 64 threads, the word's shared address in a, its byte offset in o."""
+    return (f"{{ .reg .b32 i, a, v; .reg .b64 o; .reg .pred more; mov.u32 i, tid;\n"
+            f"COPY: setp.ge.u32 more, i, {count}; @more bra DONE; mad.lo.u32 a, i, 4, smem; mul.wide.u32 o, i, 4;\n{body}\n"
+            f"add.u32 i, i, 64; bra COPY; DONE: }}")
+
+
+DUMP = "ld.shared.u32 v, [a];\nadd.u64 o, o, out; st.global.u32 [o], v;"
+FILL = "add.u64 o, o, x; ld.global.u32 v, [o];\nst.shared.u32 [a], v;"
+COORDINATES = ("s32 x4", "s32 x3", "s32 x2", "s32 x1", "s32 x0")  # outermost first
+INIT = "mbarrier.init.shared::cta.b64 [bar], 1;"
+INIT_FENCE = "fence.mbarrier_init.release.cluster;"
+
+
+def coordinates(rank):
+    return ", ".join(f"x{i}" for i in range(rank))
+
+
+def load_kernel(rank, nbytes):
+    return Kernel(", ".join(("map m", "u64 out", *COORDINATES[5 - rank:])), f"""
+.reg .b32 bar, to; add.u32 bar, smem, {nbytes}; mov.u32 to, smem;
+{only("tid eq 0", f"{INIT}{chr(10)}{INIT_FENCE}")}
+bar.sync 0;
+{only("tid eq 0", f'''mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {nbytes};
+cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes [to], [m, {{{coordinates(rank)}}}], [bar];''')}
+{wait("bar", "0")}
+{each_word(nbytes // 4, DUMP)}
+""", shared=nbytes + 16)
+
+
+def store_kernel(rank, nbytes):
+    return Kernel(", ".join(("map m", "u64 x", *COORDINATES[5 - rank:])), f"""
+{each_word(nbytes // 4, FILL)}
+fence.proxy.async.shared::cta;
+bar.sync 0;
+{only("tid eq 0", f'''cp.async.bulk.tensor.{rank}d.global.shared::cta.bulk_group [m, {{{coordinates(rank)}}}], [smem];
+cp.async.bulk.commit_group;
+cp.async.bulk.wait_group 0;''')}
+""", shared=nbytes)
+
+
+def run_load(kernel, seed=0, random_completion=False, tensor=None, box=(16, 64), origin=(3, 0), swizzle=128, **more):
+    tensor = make_tensor((40, 64), np.uint16) if tensor is None else tensor
+    wanted, _ = box_of(tensor, box, origin)
+    out = np.zeros(wanted.nbytes, np.uint8)
+    kernel.launch(gpu(seed, random_completion), block=64, args=[vgpu.TensorMap(tensor, box, swizzle), out, *map(np.int32, origin)], written={1}, **more)
+    np.testing.assert_array_equal(out, swizzle_bytes(wanted.view(np.uint8).reshape(-1), swizzle))
+
+
+def run_store(kernel, seed=0, random_completion=False, tensor=None, box=(16, 64), origin=(3, 0), swizzle=128, **more):
+    tensor = make_tensor((40, 64), np.uint16) if tensor is None else tensor
+    inner = np.random.default_rng(seed + 1).integers(1, 255, box).astype(tensor.dtype)
+    wanted, (_, inside) = tensor.copy(), box_of(tensor, box, origin)
+    slices = tuple(slice(max(o, 0), max(min(o + n, s), 0)) for o, n, s in zip(origin, box, tensor.shape))
+    wanted[slices] = inner[inside].reshape(wanted[slices].shape)
+    x = swizzle_bytes(inner.view(np.uint8).reshape(-1), swizzle)
+    kernel.launch(gpu(seed, random_completion), block=64, args=[vgpu.TensorMap(tensor, box, swizzle), x, *map(np.int32, origin)], written={0}, **more)
+    np.testing.assert_array_equal(tensor, wanted)
+    assert inside.any() == (wanted[slices].size > 0)
+
+
+def make_tensor(shape, dtype, pad=0):
+    """Values without zeros, on 16 bytes; `pad` more elements a row."""
+    n = int(np.prod(shape[:-1])) * (shape[-1] + pad)
+    itemsize = np.dtype(dtype).itemsize
+    raw = np.zeros(n * itemsize + 16, np.uint8)
+    raw = raw[-raw.ctypes.data % 16:][:n * itemsize].view(dtype)
+    raw[:] = np.random.default_rng(n).integers(1, 255, n)
+    return raw.reshape(*shape[:-1], shape[-1] + pad)[..., :shape[-1]]
+
+
+SHAPES = [  # tensor, box, dtype, padding of a row; a row of the box is 32, 64 or 128 bytes for that swizzle
+    ((100,), (48,), np.uint8, 12), ((90,), (32,), np.uint16, 6), ((40, 64), (16, 64), np.uint16, 0), ((33, 72), (24, 32), np.uint16, 8),
+    ((20, 30), (8, 8), np.int32, 2), ((70, 40), (64, 32), np.uint8, 8), ((5, 9, 64), (3, 8, 64), np.uint16, 0), ((4, 12, 20), (2, 8, 16), np.uint16, 4),
+    ((2, 3, 4, 16), (2, 2, 3, 16), np.uint16, 0), ((2, 3, 2, 4, 16), (1, 2, 2, 3, 16), np.uint16, 0)]
+
+
+def origins(shape, box):
+    """Inside, over each edge (negative coordinates too), and wholly outside."""
+    yield tuple((s - b) // 2 for s, b in zip(shape, box))
+    yield tuple(-(b // 2) for b in box)
+    yield tuple(s - b // 2 for s, b in zip(shape, box))
+    yield (shape[0],) + (0,) * (len(shape) - 1)
+    yield (0,) * (len(shape) - 1) + (-box[-1] - 1,)
+
+
+CASES = [(shape, box, dtype, pad, swizzle) for shape, box, dtype, pad in SHAPES for swizzle in (0, 32, 64, 128)
+         if not swizzle or box[-1] * np.dtype(dtype).itemsize == swizzle]
+
+
+@pytest.mark.parametrize("direction", ["load", "store"])
+@pytest.mark.parametrize("shape, box, dtype, pad, swizzle", CASES, ids=[f"{s}-{b}-{np.dtype(d).name}-{w}" for s, b, d, _, w in CASES])
+def test_boxes(shape, box, dtype, pad, swizzle, direction):
+    tensor = make_tensor(shape, dtype, pad)
+    make, run = (load_kernel, run_load) if direction == "load" else (store_kernel, run_store)
+    kernel = make(len(shape), int(np.prod(box)) * tensor.itemsize)
+    for i, origin in enumerate(origins(shape, box)):
+        run(kernel, i, i % 2 == 1, tensor=tensor, box=box, origin=origin, swizzle=swizzle)
+
+
+def test_swizzles_differ():
+    """The reference is no identity, and each mode has its own."""
+    data = np.arange(2048, dtype=np.uint16).view(np.uint8)
+    images = [bytes(swizzle_bytes(data, s)) for s in (0, 32, 64, 128)]
+    assert len(set(images)) == 4 and images[0] == bytes(data)
+    assert all(sorted(i) == sorted(data) for i in images)
+
+
+# ------------------------------------------------------------------------------------------------------------- without a tensor
+
+BULK_LOAD = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [to], [x], bytes, [bar];"
+BULK_STORE = "cp.async.bulk.global.shared::cta.bulk_group [out], [to], bytes;"
+FENCE = "fence.proxy.async.shared::cta;"
+# Each half of the block's 64 threads has a buffer and an mbarrier: loads, adds 1 to each word, and stores.
+BULK = Kernel("u64 x, u64 out, u32 bytes", f"""
+.reg .b32 to, bar, half, i, a, v; .reg .b64 o; .reg .pred p, lead;
+shr.u32 half, tid, 5; mad.lo.u32 to, half, 512, smem; mad.lo.u32 bar, half, 8, smem; add.u32 bar, bar, 1024; setp.eq.u32 lead, lane, 0;
+mul.lo.u32 i, half, bytes; cvt.u64.u32 o, i; add.u64 x, x, o; add.u64 out, out, o;
+@lead {INIT}
+{FENCE}
+bar.warp.sync -1;
+@lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], bytes;
+@lead {BULK_LOAD}
+{wait("bar", "0")}
+mul.lo.u32 i, lane, 4;
+EACH: add.u32 a, to, i; ld.shared.u32 v, [a]; add.u32 v, v, 1;
+st.shared.u32 [a], v;
+add.u32 i, i, 128; setp.lt.u32 p, i, bytes; @p bra EACH;
+{FENCE.replace("shared::cta", "shared::cta")} // before the store
+bar.warp.sync -1; @!lead bra END;
+{BULK_STORE}
+cp.async.bulk.commit_group;
+cp.async.bulk.wait_group 0;
+END:
+""", shared=1024 + 16)
+
+
+def run_bulk(kernel, seed=0, random_completion=False, nbytes=384, written=(1,)):
+    x = np.random.default_rng(seed).integers(0, 2**32, nbytes // 2, dtype=np.uint32)
+    x, out = aligned(x), aligned(np.zeros_like(x))
+    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out, np.uint32(nbytes)], written=written)
+    np.testing.assert_array_equal(out, x + np.uint32(1))
+
+
+def aligned(array, to=128):
+    raw = np.zeros(array.nbytes + to, np.uint8)
+    view = raw[-raw.ctypes.data % to:][:array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+@MODES
+@pytest.mark.parametrize("nbytes", [128, 384, 512])
+def test_bulk(nbytes, seed, random_completion):
+    run_bulk(BULK, seed, random_completion, nbytes)
+
+
+# -------------------------------------------------------------------------------------------------------------------- reports
+
+LOAD, STORE = load_kernel(2, 2048), store_kernel(2, 2048)
+TENSOR_LOAD, TENSOR_STORE, COMMIT, WAIT = "[m, {x0, x1}], [bar];", "[m, {x0, x1}], [smem];", "cp.async.bulk.commit_group;", "cp.async.bulk.wait_group 0;"
+REFILL = "setp.eq.u32 p, tid, 0; @p bra END;\nst.shared.u32 [to], i;\n"  # by the lanes that do not lead, or after the store
+LOAD_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at least
+    ("read before the wait", (wait("bar", "0"), ""), "in-flight|race", "ld.shared.u32 v, [a]", "which the copy at k.cu:10 has not finished|without a barrier", 4),
+    ("no fence after init", (INIT_FENCE, ""), "proxy", TENSOR_LOAD, "initialised without fence.mbarrier_init"),
+    ("fence before init", (f"{INIT}\n{INIT_FENCE}", f"{INIT_FENCE}\n{INIT}"), "proxy", TENSOR_LOAD, "initialised without fence.mbarrier_init"),
+    ("another fence", (INIT_FENCE, "fence.acq_rel.cta;"), "proxy", TENSOR_LOAD, "initialised without fence.mbarrier_init"),
+    ("too many bytes expected", ("_, [bar], 2048;", "_, [bar], 2064;"), "deadlock", "[bar], 0;", "mbarrier at shared address 2048 of block 0: phase 0 lacks 0 of 1 arrivals and 16 bytes"),
+    ("too few bytes expected", ("_, [bar], 2048;", "_, [bar], 1024;"), "deadlock", "[bar], 0;", "and -1024 bytes"),
+    ("no mbarrier", (INIT, "st.shared.u64 [bar], 0;"), "mbarrier", "_, [bar], 2048;", "no initialised mbarrier at shared address 2048", 2),
+    ("unaligned destination", ("mov.u32 to, smem;", "add.u32 to, smem, 64;"), "misaligned", TENSOR_LOAD, "not a multiple of 128"),
+    ("beyond shared memory", ("mov.u32 to, smem;", "add.u32 to, smem, 256;"), "out-of-range", TENSOR_LOAD, "of 2064"),
+    ("before shared memory", ("mov.u32 to, smem;", "mov.u32 to, 0;"), "out-of-range", TENSOR_LOAD, "of 2064"),
+    ("an undefined coordinate", ("{x0, x1}", "{x0, bar2}", ".reg .b32 bar, to;", ".reg .b32 bar, to, bar2;"), "uninitialised", "[m, {x0, bar2}]", "operands of a copy"),
+    ("written in flight", (TENSOR_LOAD, TENSOR_LOAD + " st.shared.u32 [to+64], bar;"), "in-flight", "[to+64], bar", "writes shared byte 64, which the copy"),
+    ("nobody waits", (wait("bar", "0"), "ret;"), "in-flight", TENSOR_LOAD, "the block ends while this copy still writes"),
+]
+STORE_BUGS = [
+    ("no proxy fence", (FENCE, ""), "proxy", TENSOR_STORE, "ordinary store, without fence.proxy.async"),
+    ("fence of one thread only", (FENCE, f".reg .pred p; setp.eq.u32 p, tid, 0; @p {FENCE}"), "proxy", TENSOR_STORE, "ordinary store"),
+    ("fence of global memory", (FENCE, "fence.proxy.async.global;"), "uncovered", "fence.proxy.async.global;", ""),
+    ("fence of an mbarrier", (FENCE, "fence.mbarrier_init.release.cluster;"), "proxy", TENSOR_STORE, "ordinary store"),
+    ("no barrier", ("bar.sync 0;", ""), "race", TENSOR_STORE, "wrote without a barrier"),
+    ("the block ends", (WAIT, "", COMMIT, ""), "in-flight", TENSOR_STORE, "the block ends while this copy still reads"),
+    ("reused before it is read", (WAIT, "st.shared.u32 [smem+64], tid;"), "in-flight", "[smem+64], tid", "writes shared byte 64, which the copy at k.cu:\\d+ has not finished"),
+    ("waits for groups but one", (WAIT, "cp.async.bulk.wait_group.read 1; st.shared.u32 [smem+64], tid;"), "in-flight", "[smem+64], tid", "writes shared byte 64"),
+    ("waits before the commit", (COMMIT + "\n" + WAIT, WAIT + COMMIT + "\nst.shared.u32 [smem+64], tid;"), "in-flight", "[smem+64], tid", "writes shared byte 64"),
+    ("not all was written", ("COPY: setp.ge.u32 more, i, 512;", "COPY: setp.ge.u32 more, i, 511;"), "uninitialised", TENSOR_STORE, "was never written"),
+]
+BULK_BUGS = [
+    ("no proxy fence", (FENCE + " // before the store", ""), "proxy", BULK_STORE, "ordinary store"),
+    ("read before the wait", (wait("bar", "0"), ""), "in-flight|race", "ld.shared.u32 v, [a]", "", 4),
+    ("an odd size", (BULK_LOAD, "sub.u32 bytes, bytes, 8;\n@lead " + BULK_LOAD), "misaligned", BULK_LOAD, "multiples of 16"),
+    ("an unaligned source", (BULK_LOAD, "add.u64 x, x, 8;\n@lead " + BULK_LOAD), "misaligned", BULK_LOAD, "multiples of 16"),
+    ("beyond the input", (BULK_LOAD, "add.u64 x, x, 512;\n@lead " + BULK_LOAD), "out-of-range", BULK_LOAD, "bytes into argument 0"),
+    ("beyond shared memory", (BULK_STORE, "add.u32 to, to, 16384;\n" + BULK_STORE), "out-of-range", BULK_STORE, "shared bytes up to"),
+    ("just before shared memory", (BULK_STORE, "sub.u32 to, smem, bytes;\n" + BULK_STORE), "out-of-range", BULK_STORE, "of 1040"),
+    ("a reduction", (BULK_STORE, "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [out], [to], bytes;"), "uncovered", "cp.reduce", ""),
+    ("output read before it is there", ("cp.async.bulk.wait_group 0;", "cp.async.bulk.wait_group.read 0;\nld.global.u32 v, [out+4];"), "in-flight", "ld.global.u32 v, [out+4]", "reads byte \\d+ of argument 1"),
+    ("loaded twice", (BULK_LOAD, BULK_LOAD + " // first\n@lead " + BULK_LOAD + " // again"), "in-flight|race", "// again", "which the copy at|without a barrier", 4),
+]
+
+
+def cases(*tables):
+    return pytest.mark.parametrize("kernel, run, bug", [(k, run, bug) for k, run, bugs in tables for bug in bugs],
+                                   ids=[f"{run.__name__[4:]}: {bug[0]}" for _, run, bugs in tables for bug in bugs])
+
+
+@cases((LOAD, run_load, LOAD_BUGS), (STORE, run_store, STORE_BUGS), (BULK, run_bulk, BULK_BUGS))
+def test_misuse(kernel, run, bug):
+    run(kernel)
+    kernel.edit(*bug[1]).caught(run, *bug[2:])
+
+
+def test_maps_that_do_not_fit():
+    tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)
+    longer = np.lib.stride_tricks.as_strided(tensor, (48, 64), tensor.strides)
+
+    def run(made, row=0, written=(1,), device=tensor):
+        def launch(kernel, seed):
+            with (g := gpu(seed)).mapped([("tensor", device, 0 in written, True)]):
+                kernel.launch(g, block=64, args=[made, out, np.int32(row), np.int32(0)], written=written)
+        return launch
+
+    LOAD.caught(run(vgpu.TensorMap(tensor.reshape(5, 8, 64), (1, 16, 64), 128)), "descriptor", TENSOR_LOAD, "3 dimensions in a copy of 2")
+    LOAD.caught(run(vgpu.TensorMap(tensor, (32, 64), 128)), "out-of-range", TENSOR_LOAD, "writes shared bytes up to 20.. of 2064")
+    LOAD.caught(run(vgpu.TensorMap(longer, (16, 64), 128), row=30), "out-of-range", TENSOR_LOAD, "5120 bytes into tensor of 5120")
+    STORE.caught(run(vgpu.TensorMap(tensor, (16, 64), 128), written=()), "read-only", TENSOR_STORE, "which is an input")
+
+
+# The 128 bytes of a map in global memory, or anything else there; and a kernel parameter copied to local memory.
+IN_GLOBAL = Kernel(LOAD.params.replace("map m", "u64 m"), LOAD.body, LOAD.shared)
+IN_LOCAL = LOAD.edit("bar.sync 0;", """{ .reg .b64 from, to64, v; .reg .b32 n; .reg .pred more; mov.u64 to64, copied; cvta.local.u64 to64, to64; mov.b64 from, p_m; mov.u32 n, 16;
+MOVE: ld.param.u64 v, [from]; st.u64 [to64], v; add.u64 from, from, 8; add.u64 to64, to64, 8; sub.u32 n, n, 1; setp.ne.u32 more, n, 0; @more bra MOVE;
+mov.u64 m, copied; cvta.local.u64 m, m; }
+bar.sync 0;""")
+IN_LOCAL.registers = ".local .align 128 .b8 copied[128];"
+
+
+def test_where_a_map_lies():
+    tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)
+    encoded = aligned(vgpu.encode(vgpu.library().c.vgpu_encode_tiled, vgpu.TensorMap(tensor, (16, 64), 128), tensor.ctypes.data))
+
+    def run(made):
+        def launch(kernel, seed):
+            with (g := gpu(seed)).mapped([("tensor", tensor, False, True)]):
+                kernel.launch(g, block=64, args=[made, out, np.int32(3), np.int32(0)], written=(1,))
+        return launch
+
+    run(encoded)(IN_GLOBAL, 0)
+    np.testing.assert_array_equal(out, swizzle_bytes(tensor[3:19].view(np.uint8).reshape(-1), 128))
+    changed = aligned(encoded)
+    changed[20] ^= 1
+    IN_GLOBAL.caught(run(changed), "descriptor", TENSOR_LOAD, "are not a tensor map")
+    IN_GLOBAL.caught(run(aligned(np.arange(128, dtype=np.uint8))), "descriptor", TENSOR_LOAD, "are not a tensor map")
+    IN_LOCAL.caught(run(vgpu.TensorMap(tensor, (16, 64), 128)), "descriptor", TENSOR_LOAD, "must be __grid_constant__")
+
+
+# Through global memory within a kernel: what a block wrote by ordinary stores (with a proxy fence) or by a bulk store comes back.
+ORDINARY = "cvt.u64.u32 o, i; add.u64 o, out, o; ld.shared.u32 v, [a]; st.global.u32 [o], v;"
+BACK = Kernel("u64 x, u64 out, u32 bytes", f"""
+.reg .b32 to, bar, i, a, v; .reg .b64 o; .reg .pred p, lead;
+mov.u32 to, smem; add.u32 bar, smem, 1024; setp.eq.u32 lead, tid, 0; mul.lo.u32 i, tid, 4; add.u32 a, to, i;
+cvt.u64.u32 o, i; add.u64 o, x, o; ld.global.u32 v, [o]; add.u32 v, v, 1; st.shared.u32 [a], v;
+@lead {INIT}
+fence.proxy.async;
+bar.sync 0;
+@lead {BULK_STORE} @lead cp.async.bulk.commit_group;
+@lead cp.async.bulk.wait_group 0;
+bar.sync 0;
+add.u32 to, smem, 512;
+@lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], bytes;
+@lead {BULK_LOAD.replace("[x]", "[out]")}
+{wait("bar", "0")}
+ld.shared.u32 v, [a+512]; sub.u32 v, v, 1; cvt.u64.u32 o, i; add.u64 o, x, o;
+ld.global.u32 i, [o]; setp.ne.u32 p, i, v; @p trap;
+""", shared=1024 + 16)
+BY_STORES = BACK.edit(f"@lead {BULK_STORE} @lead cp.async.bulk.commit_group;", f"{ORDINARY}\nfence.proxy.async; // of global memory", "@lead cp.async.bulk.wait_group 0;\n", "")
+
+
+def run_back(kernel, seed=0, random_completion=False):
+    x, out = aligned(np.arange(64, dtype=np.uint32)), aligned(np.zeros(64, np.uint32))
+    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out, np.uint32(256)], written=(1,))
+    np.testing.assert_array_equal(out, x + np.uint32(1))
+
+
+@MODES
+def test_there_and_back(seed, random_completion):
+    run_back(BACK, seed, random_completion)
+    run_back(BY_STORES, seed, random_completion)
+
+
+@cases((BACK, run_back, [("store not complete", ("wait_group 0;", "wait_group.read 0;"), "in-flight", BULK_LOAD.replace("[x]", "[out]"), "reads byte 0 of argument 1")]),
+       (BY_STORES, run_back, [("no proxy fence", ("fence.proxy.async; // of global memory", ""), "proxy", BULK_LOAD.replace("[x]", "[out]"), "ordinary store")]))
+def test_there_and_back_too_soon(kernel, run, bug):
+    kernel.edit(*bug[1]).caught(run, *bug[2:])
+
+
+# ---------------------------------------------------------------------------------------------------- limits of a tensor map
+
+BF16, FLOAT32, UINT8 = 9, 7, 0
+GOOD = dict(map=0, type=BF16, rank=2, address=0, dim=(64, 40), strides=(128,), box=(64, 16), steps=(1, 1), interleave=0, swizzle=3, l2=0, fill=0)
+
+
+def encode(**changed):
+    a = GOOD | changed
+    memory, storage = aligned(np.zeros(256, np.uint8)), aligned(np.zeros(64, np.uint8))
+    array = lambda kind, values: (kind * len(values))(*values)  # noqa: E731
+    status = vgpu.library().c.vgpu_encode_tiled(
+        memory.ctypes.data + a["map"], a["type"], a["rank"], storage.ctypes.data + a["address"] if a["address"] is not None else None,
+        array(ctypes.c_uint64, a["dim"]), array(ctypes.c_uint64, a["strides"] or (0,)), array(ctypes.c_uint32, a["box"]),
+        array(ctypes.c_uint32, a["steps"]), a["interleave"], a["swizzle"], a["l2"], a["fill"])
+    assert memory.any() == (status == 0), "a refused map is not written"
+    return status == 0
+
+
+def deep(rank, **more):
+    return dict(rank=rank, dim=(64,) * rank, strides=(128,) * (rank - 1), box=(8,) + (1,) * (rank - 1), steps=(1,) * rank, swizzle=0) | more
+
+
+@pytest.mark.parametrize("fits, breaks", [
+    (dict(map=64), dict(map=32)), (dict(address=16), dict(address=8)), (dict(), dict(address=None)), (deep(1), deep(0)), (deep(5), deep(6)),
+    (dict(dim=(1 << 32, 40)), dict(dim=((1 << 32) + 1, 40))), (dict(dim=(1, 1)), dict(dim=(64, 0))), (dict(strides=(144,)), dict(strides=(136,))),
+    (dict(strides=((1 << 40) - 16,)), dict(strides=(1 << 40,))), (dict(box=(64, 256)), dict(box=(64, 257))), (dict(box=(64, 1)), dict(box=(64, 0))),
+    (dict(box=(8, 16), swizzle=0), dict(box=(4, 16), swizzle=0)), (dict(box=(12, 16), type=FLOAT32, swizzle=0), dict(box=(10, 16), type=FLOAT32, swizzle=0)),
+    (dict(box=(16, 16), swizzle=1), dict(box=(32, 16), swizzle=1)), (dict(box=(32, 16), swizzle=2), dict(box=(64, 16), swizzle=2)),
+    (dict(box=(64, 16), swizzle=3), dict(box=(128, 16), swizzle=3)), (dict(box=(128, 16), swizzle=0), dict(swizzle=4)), (dict(), dict(swizzle=-1)),
+    (dict(type=UINT8), dict(type=-1)), (dict(type=12, box=(32, 16)), dict(type=16)), (dict(), dict(steps=(1, 9))), (dict(), dict(interleave=3)), (dict(), dict(fill=2))])
+def test_limits_of_a_tensor_map(fits, breaks):
+    assert encode(**fits) and not encode(**breaks)
+
+
+def test_what_a_tensor_map_does_not_cover():
+    """Legal, and refused all the same rather than wrong."""
+    assert not encode(fill=1) and not encode(steps=(1, 2)) and not encode(interleave=1, **deep(3)) and not encode(swizzle=4)
+
+
+# ------------------------------------------------------------------------------------------------------------------- multicast
+# Block r of a cluster loads slice r for the blocks of masks[r]; every block expects its slices and writes them out.
+
+MULTICAST = Kernel("map m, u64 masks, u64 out, u32 rows", f"""
+.reg .b32 bar, to, slice, i, a, v, mask, bytes, own, row, count; .reg .b64 o, at; .reg .pred p, more;
+add.u32 bar, smem, 4096; mov.u32 count, %cluster_nctarank; mul.lo.u32 slice, rows, 128;
+{only("tid eq 0", f"{INIT}{chr(10)}{INIT_FENCE}")}
+barrier.cluster.arrive.aligned;
+barrier.cluster.wait.aligned;
+mov.u32 bytes, 0; mov.u32 i, 0; mov.b64 at, masks;
+EXPECT: ld.global.u32 v, [at]; setp.eq.u32 p, i, rank; @p mov.u32 mask, v; shr.u32 v, v, rank; and.b32 v, v, 1; mad.lo.u32 bytes, v, slice, bytes;
+add.u32 i, i, 1; add.u64 at, at, 4; setp.lt.u32 p, i, count; @p bra EXPECT;
+setp.eq.u32 p, bytes, 0; @p bra ISSUE;
+{only("tid eq 0", "mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], bytes;")}
+ISSUE: bar.sync 0;
+setp.ne.u32 p, tid, 0; @p bra RECEIVE; setp.eq.u32 p, mask, 0; @p bra RECEIVE;
+mul.lo.u32 row, rank, rows; mad.lo.u32 to, rank, slice, smem; cvt.u16.u32 %m, mask;
+cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [to], [m, {{0, row}}], [bar], %m;
+RECEIVE: setp.eq.u32 p, bytes, 0; @p bra END;
+{wait("bar", "0")}
+mov.u32 i, tid;
+WORD: mul.lo.u32 a, i, 4; div.u32 row, a, slice; mul.wide.u32 o, row, 4; add.u64 at, masks, o; ld.global.u32 v, [at];
+shr.u32 v, v, rank; and.b32 v, v, 1; setp.eq.u32 p, v, 0; @p bra NEXT;
+add.u32 a, a, smem;
+ld.shared.u32 v, [a];
+mad.lo.u32 a, rank, 1024, i; mul.wide.u32 o, a, 4; add.u64 at, out, o; st.global.u32 [at], v;
+NEXT: add.u32 i, i, 64; setp.lt.u32 more, i, 1024; @more bra WORD;
+END:
+""", shared=4096 + 16, registers=".reg .b16 %m;")
+
+
+def run_multicast(kernel, seed=0, random_completion=False, masks=(3, 3), **more):
+    size, tensor = len(masks), make_tensor((32, 64), np.uint16)
+    out, masks = np.zeros((size, 4096), np.uint8), np.array(masks, np.uint32)
+    kernel.launch(gpu(seed, random_completion), grid=size, block=64, cluster=(size,), written={2},
+                  args=[vgpu.TensorMap(tensor, (32 // size, 64), 128), masks, out, np.uint32(32 // size)], **more)
+    slices = swizzle_bytes(tensor.view(np.uint8).reshape(-1), 128).reshape(size, -1)
+    wanted = [[slices[r] * (masks[r] >> t & 1) for r in range(size)] for t in range(size)]
+    np.testing.assert_array_equal(out, np.reshape(wanted, (size, 4096)))
+
+
+@MODES
+@pytest.mark.parametrize("arrive", ["arrive", "arrive.release", "arrive.relaxed"])
+@pytest.mark.parametrize("masks", [(3, 3), (2, 0), (2, 1), (15, 15, 15, 15), (0b1010, 0, 0, 0), (0b0110, 0b0001, 0b1000, 0b1110)])
+def test_multicast(masks, arrive, seed, random_completion):
+    run_multicast(MULTICAST.edit("cluster.arrive.aligned", f"cluster.{arrive}.aligned"), seed, random_completion, masks)
+
+
+ARRIVE_WAIT = "barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;"
+MULTICAST_BUGS = [
+    ("a block that is not there", ("cvt.u16.u32 %m, mask;", "cvt.u16.u32 %m, mask; or.b16 %m, %m, 16;"), "out-of-range", "multicast::cluster", "not in the cluster"),
+    ("no cluster barrier", (ARRIVE_WAIT, "bar.sync 0;"), "race|mbarrier", "multicast::cluster", ""),
+    ("no fence after init", (INIT_FENCE, ""), "proxy", "multicast::cluster", "without fence.mbarrier_init"),
+    ("a relaxed arrival needs that fence", (INIT_FENCE, FENCE, "arrive.aligned", "arrive.relaxed.aligned"), "race", "multicast::cluster", "initialised, without a barrier"),
+    ("read before the wait", (wait("bar", "0"), ""), "in-flight|race", "ld.shared.u32 v", "", 4),
+]
+
+
+@cases((MULTICAST, run_multicast, MULTICAST_BUGS))
+def test_misuse_of_multicast(kernel, run, bug):
+    kernel.edit(*bug[1]).caught(run, *bug[2:])
