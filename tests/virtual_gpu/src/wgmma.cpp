@@ -1,6 +1,7 @@
 // wgmma (PTX ISA 9.7.15: fragments 9.7.15.5.1.1, shared memory layouts and descriptors 9.7.15.5.1.2, mma_async 9.7.15.5.2, fence,
 // commit_group and wait_group 9.7.15.7). A product runs when the first of its four warps waits for it, all having
 // issued it; until its own wait, no warp may touch its accumulators.
+#include <algorithm>
 #include <cstring>
 
 #include "decode.h"
@@ -179,7 +180,7 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
   const Slot *a = in.r + shape.outputs, *b = a + (shape.a_registers ? 4 : 1);
   const int lane = (int)(m.issued * 7 % 32);  // whose clock is checked: all lanes must have waited for the operands
   const auto say = [&](const char *kind, const std::string &text) { launch.report(kind, &w, lane, &in, text); };
-  const auto same = [&](Slot slot, uint64_t wide) { return w.at<uint64_t>(slot)[0] == wide; };
+  const auto same = [&](Slot slot, uint64_t wide) { return std::count(w.at<uint64_t>(slot), w.at<uint64_t>(slot) + 32, wide) == 32; };
   WgmmaOp op;
   op.inst = &in;
   op.number = m.issued++;
@@ -200,7 +201,8 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
   WarpGroup &group = group_of(w);
   for (const Warp *other : group.warps)
     for (const WgmmaOp &theirs : other->matrix.pending)
-      if (theirs.number == op.number && (theirs.inst->statement != in.statement || theirs.b_descriptor != op.b_descriptor))
+      if (theirs.number == op.number && (theirs.inst->statement != in.statement || theirs.a_descriptor != op.a_descriptor ||
+                                         theirs.b_descriptor != op.b_descriptor || theirs.scale_d != op.scale_d))
         say("divergent-collective", "the warps of a warpgroup issue different products");
 
   // Registers: wgmma.fence stands before the first product and between other accesses to its registers and a product; only
