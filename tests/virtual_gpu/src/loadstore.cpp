@@ -194,7 +194,7 @@ void load(Warp &w, const Inst &in, Mask m) {
   }
 }
 
-// r: base, value of each element. The rest as in load.
+// r: base, value of each element. in.c: elements (bits) in 64-bit registers, wider than the type or not. The rest as in load.
 void store(Warp &w, const Inst &in, Mask m) {
   const unsigned element = (unsigned)type_bytes(in.type), bytes = element * in.vector;
   uint64_t address[32];
@@ -209,7 +209,7 @@ void store(Warp &w, const Inst &in, Mask m) {
     Mask undefined = 0;  // by element
     for (unsigned e = 0; e < in.vector; ++e) {
       const Slot v = in.r[1 + e];
-      memcpy(data + e * element, element == 8 ? (const void *)&w.at<uint64_t>(v)[l] : (const void *)&w.at<uint32_t>(v)[l], element);
+      memcpy(data + e * element, in.c >> e & 1 ? (const void *)&w.at<uint64_t>(v)[l] : (const void *)&w.at<uint32_t>(v)[l], element);
       undefined |= (w.unit_poison[v] >> l & 1) << e;
     }
     if (span.space == Space::kLocal) {
@@ -444,6 +444,8 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
       if (s.has("async")) return false;
       d.address(s.operands.at(0), in);
       d.source(s.operands.at(1), in.type);
+      for (unsigned e = 0; e < in.vector; ++e)
+        in.c |= (type_bytes(in.type) == 8 || d.wide(in.vector > 1 ? s.operands[1].elements.at(e) : s.operands[1])) << e;
       in.exec = store;
       return true;
     }
