@@ -251,6 +251,9 @@ T integer_atom(int op, T old, T a, T b) {
   }
 }
 
+// atom.add.f32 on global memory flushes subnormal inputs and results (PTX ISA, atom).
+uint64_t flushed(uint64_t bits) { return bits & 0x7f800000 ? bits : bits & 0x80000000; }
+
 uint64_t atom_value(const Inst &in, uint64_t old, uint64_t a, uint64_t b) {
   float x, y;
   double dx, dy;
@@ -299,7 +302,9 @@ void atom(Warp &w, const Inst &in, Mask m) {
     if (!span.shadow->valid(span.cells, at, bytes)) check_poison(w, in, 1u << l, "an atomic: the memory it changes was never written");
     memcpy(&old[l], span.data, bytes);
     const uint64_t a = w.address(in.r[2], l, wide), b = in.c == kCas ? w.address(in.r[3], l, wide) : 0;
-    const uint64_t now = atom_value(in, old[l], a, b);
+    const bool flush = in.type == Type::kF32 && !in_shared;
+    uint64_t now = flush ? atom_value(in, flushed(old[l]), flushed(a), b) : atom_value(in, old[l], a, b);
+    if (flush) now = flushed(now);
     const uint64_t changes = w.launch().changes;
     span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, true));
     if (now == old[l]) w.launch().changes = changes;  // nobody can tell: a failed attempt is no progress
