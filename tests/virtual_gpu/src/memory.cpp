@@ -349,13 +349,13 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
     return {&cta->shared.data[offset], &cta->shared.cells[offset / 4], &cta->shared.shadow, space, offset};
   }
   if (space == Space::kParam) {
-    if (address + bytes > launch.params.size() || write)
-      return fail("out-of-range", verb + std::to_string(bytes) + " bytes at parameter offset " + std::to_string(address) + " of " + std::to_string(launch.params.size()));
+    if (address > launch.params.size() || address + bytes > launch.params.size() || write)
+      return fail("out-of-range", verb + std::to_string(bytes) + " bytes at parameter offset " + std::to_string((int64_t)address) + " of " + std::to_string(launch.params.size()));
     return {&launch.params[address], nullptr, nullptr, space, address};
   }
   const uint32_t local = launch.program->local_bytes;
-  if (address + bytes > local)
-    return fail("out-of-range", verb + std::to_string(bytes) + " bytes at local address " + std::to_string(address) + " of " + std::to_string(local) + " bytes");
+  if (address > local || address + bytes > local)  // a negative one wraps
+    return fail("out-of-range", verb + std::to_string(bytes) + " bytes at local address " + std::to_string((int64_t)address) + " of " + std::to_string(local) + " bytes");
   return {&warp.local[(size_t)lane * local + address], nullptr, nullptr, Space::kLocal, address};
 }
 
