@@ -443,10 +443,10 @@ Program *make_program(const Module &module, const Kernel &kernel) {
     symbols[v.name] = v.address;
     program->param_bytes = (uint32_t)(v.address + v.bytes);
   }
-  shared = (shared + dynamic_align - 1) / dynamic_align * dynamic_align;
+  if (!dynamic.empty()) shared = (shared + dynamic_align - 1) / dynamic_align * dynamic_align;
   for (const std::string &name : dynamic) symbols[name] = shared;
   program->shared_bytes = (uint32_t)(shared - kSharedBase);
-  program->local_bytes = (uint32_t)(local + 15) / 16 * 16;
+  program->local_bytes = (uint32_t)local;
   Decoder(*program, symbols).run();
   return program;
 }

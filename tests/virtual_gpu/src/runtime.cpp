@@ -118,7 +118,7 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
     return refuse(std::to_string(shape.dynamic_shared) + " bytes of dynamic shared memory; allowed are " + std::to_string(function.max_dynamic_shared) +
                   " (cudaFuncAttributeMaxDynamicSharedMemorySize), and " + std::to_string(max_shared()) + " with static ones");
   launch.dynamic_shared = (uint32_t)shape.dynamic_shared;
-  launch.shared_bytes = (program->shared_bytes + launch.dynamic_shared + 15) / 16 * 16;
+  launch.shared_bytes = program->shared_bytes + launch.dynamic_shared;
   launch.params.resize(program->param_bytes);
   for (size_t i = 0; i < program->kernel->params.size(); ++i) {
     const Variable &p = program->kernel->params[i];
