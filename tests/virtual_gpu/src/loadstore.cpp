@@ -158,8 +158,8 @@ void load(Warp &w, const Inst &in, Mask m) {
         w.looked = true;
         observe(w, l, location_key(w, span), in.a);
       }
-      if (in.c && span.cells->write.lanes)
-        w.launch().report("race", &w, l, &in, "a non-coherent load (ld.global.nc) reads what this kernel wrote: " + w.launch().who(span.cells->write));
+      if (const Access *writer = in.c ? span.shadow->writer(span.cells, at, bytes) : nullptr)
+        w.launch().report("race", &w, l, &in, "a non-coherent load (ld.global.nc) reads what this kernel wrote: " + w.launch().who(*writer));
     }
   }
   if (global) count_global(w, address, global, bytes, false);

@@ -88,6 +88,17 @@ void Shadow::set_valid(Cell *cell, uint64_t address, unsigned bytes, bool value)
   for_cells(cell, address, bytes, [&](Cell &c, uint8_t part, uint64_t) { c.valid = (uint8_t)(value ? c.valid | part : c.valid & ~part); });
 }
 
+const Access *Shadow::writer(const Cell *cell, uint64_t address, unsigned bytes) const {
+  const Access *found = nullptr;
+  for_cells(const_cast<Cell *>(cell), address, bytes, [&](Cell &c, uint8_t part, uint64_t) {
+    if (c.write.lanes && c.write.flags & part) found = &c.write;
+    if (c.more)
+      for (const Access &access : overflow_[c.more - 1])
+        if (access.flags & kWrite && access.flags & part) found = &access;
+  });
+  return found;
+}
+
 void Shadow::touch(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor) {
   for_cells(cell, address, bytes, [&](Cell &c, uint8_t part, uint64_t at) {
     probe_cell(c, part, write, actor, at);

@@ -49,6 +49,7 @@ class Shadow {
   void record(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor);
   void in_flight(Cell *cell, uint64_t address, unsigned bytes, bool write, int change);
   bool valid(const Cell *cell, uint64_t address, unsigned bytes) const;
+  const Access *writer(const Cell *cell, uint64_t address, unsigned bytes) const;  // who wrote any of these in this launch, or null
   void set_valid(Cell *cell, uint64_t address, unsigned bytes, bool value);
   void forget(Cell &cell);  // the accesses, not the validity
   void keep_as_primary(Cell &cell);
