@@ -162,6 +162,9 @@ Access made_by(const Actor &actor, uint8_t bytes, bool write) {
 
 bool same_warp(const Access &a, const Actor &b) { return a.cta == b.cta && a.warp == b.row; }
 
+// Whether an earlier access still matters behind a later one: two strong ones do not race, a weak and a strong one do.
+bool outlives(const Access &earlier, const Actor &later) { return !(earlier.flags & kStrong) && later.flags & kStrong; }
+
 constexpr size_t kMostReaders = 16;  // beyond these the oldest is forgotten
 
 }  // namespace
@@ -173,7 +176,7 @@ void Shadow::record_read(Cell &cell, uint8_t bytes, const Actor &actor) {
     if (access.epoch == actor.epoch && (access.flags & kBytes) == bytes && (access.flags & kStrong) == (actor.flags & kStrong)) {
       access.lanes |= actor.lanes;
       recorded = true;
-    } else if (!((access.flags & kBytes) & ~bytes)) {
+    } else if (!((access.flags & kBytes) & ~bytes) && !outlives(access, actor)) {
       access.lanes &= ~actor.lanes;
     }
   };
@@ -194,7 +197,8 @@ void Shadow::record_read(Cell &cell, uint8_t bytes, const Actor &actor) {
 }
 
 void Shadow::record_write(Cell &cell, uint8_t bytes, const Actor &actor) {
-  const auto trim = [&](Access &access) {  // what is overwritten no longer matters
+  const auto trim = [&](Access &access) {  // what is overwritten mostly no longer matters
+    if (outlives(access, actor)) return;
     access.flags = (uint8_t)(access.flags & ~bytes);
     if (!(access.flags & kBytes)) access.lanes = 0;
   };
@@ -204,10 +208,8 @@ void Shadow::record_write(Cell &cell, uint8_t bytes, const Actor &actor) {
     for (Access &access : more) trim(access);
     more.erase(std::remove_if(more.begin(), more.end(), [](const Access &a) { return !a.lanes; }), more.end());
   }
-  if (cell.write.lanes && cell.write.flags & kBytes & ~bytes) {  // other bytes of the cell keep their writer
-    trim(cell.write);
-    overflow(cell).push_back(cell.write);
-  }
+  trim(cell.write);
+  if (cell.write.lanes) overflow(cell).push_back(cell.write);  // other bytes of the cell keep their writer
   cell.write = made_by(actor, bytes, true);
   cell.valid |= bytes;
   ++actor.launch->changes;
