@@ -299,7 +299,11 @@ void atom(Warp &w, const Inst &in, Mask m) {
     const bool in_shared = is_shared(span.space);
     (in_shared ? shared : global) |= 1u << l;
     const uint64_t at = span.at;
-    if (!span.shadow->valid(span.cells, at, bytes)) check_poison(w, in, 1u << l, "an atomic: the memory it changes was never written");
+    const bool valid = span.shadow->valid(span.cells, at, bytes);
+    if (!valid && in.c == kExch)
+      poison |= 1u << l;
+    else if (!valid)
+      check_poison(w, in, 1u << l, "an atomic: the memory it changes was never written");
     memcpy(&old[l], span.data, bytes);
     const uint64_t a = w.address(in.r[2], l, wide), b = in.c == kCas ? w.address(in.r[3], l, wide) : 0;
     const bool flush = in.type == Type::kF32 && !in_shared;
