@@ -265,7 +265,7 @@ bool decode_collective(Decoder &d, const Statement &s, Inst &in) {
   } else {
     return false;
   }
-  in.offset = in.c * 64 + in.a * 4 + in.b;
+  in.offset = (int64_t)in.type * 512 + in.c * 64 + in.a * 4 + in.b;
   in.control = collective;
   return true;
 }
