@@ -82,6 +82,7 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
   b.arrived += 32;
   if (in.b >= 0) {
     const Slot p = r[1 + in.d];
+    check_poison(w, in, w.predicate_poison[p & ~kNegated] & required, "a reduction at a barrier");
     const Mask v = (p & kNegated ? ~w.predicates[p & ~kNegated] : w.predicates[p]) & required;
     b.true_lanes += __builtin_popcount(v);
     b.all_lanes += __builtin_popcount(required);
