@@ -151,7 +151,7 @@ def encode(function, tensor, pointer):
 class Gpu:
     """The virtual GPU's settings. There is one device: the last Gpu made is the one that runs.
 
-    arch: 80 or 90 (sm_90a). seed: of the schedule. random_completion: asynchronous work completes at random moments, not at
+    arch: 80 or 90 (sm_90a). seed: of the schedule; under 0 diverged lanes always come together again. random_completion: asynchronous work completes at random moments, not at
     the last legal one. sm_count: few, so that persistent kernels loop."""
     virtual = True
 

@@ -152,8 +152,10 @@ void branch(Warp &warp, Fragment &f, const Inst &in, Mask taken) {
   const Mask rest = f.mask & ~taken;
   if (!rest || !taken) return jump(warp, f, taken ? in.target : f.pc + 1);
   int split = f.split;
-  // Seldom the lanes stay apart, until a collective or an outer reconvergence: nothing may depend on coming together.
-  if ((split < 0 || warp.splits[(size_t)split].reconverge != in.reconverge) && !warp.launch().chance(64))
+  // Seldom the lanes stay apart, until a collective or an outer reconvergence: nothing may depend on coming together. Not under
+  // seed 0, whose counters are those of warps that do.
+  const bool apart = warp.launch().options.seed && warp.launch().chance(64);
+  if ((split < 0 || warp.splits[(size_t)split].reconverge != in.reconverge) && !apart)
     split = new_split(warp, in.reconverge, f.mask, f.split);
   f.mask = taken;
   f.split = split;
