@@ -3,7 +3,8 @@
 // costs nothing until there is some.
 //
 // Thread t's access at epoch e happened before whoever holds a clock with clock[t] >= e. A thread's own accesses always
-// did. Besides its threads, a block has kAgents components for asynchronous copies, one per mbarrier they complete on.
+// did. Besides its threads, a block has kAgents components for asynchronous copies, one per mbarrier they complete on, and
+// kProducts for what its warpgroups' matrix products read.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -31,7 +32,7 @@ class Ref {  // a counted reference; T has `int refs`. One thread only.
   T *p_ = nullptr;
 };
 
-constexpr int kAgents = 64;
+constexpr int kAgents = 64, kProducts = 32;
 
 struct Chunk {
   int refs = 0;

@@ -41,7 +41,7 @@ std::string Launch::who(const Access &access) const {
   if (access.warp < warps)
     s += "thread " + std::to_string(access.warp * 32 + __builtin_ctz(access.lanes ? access.lanes : 1));
   else
-    s += "an asynchronous copy";
+    s += access.warp < warps + kAgents / 32 ? "an asynchronous copy" : "a matrix product";
   return s + " (" + program->where(program->code[access.statement]) + ")";
 }
 

@@ -94,7 +94,7 @@ struct Cta {
   std::vector<std::unique_ptr<WarpGroup>> groups;
 
   explicit Cta(uint32_t shared_bytes) : shared(shared_bytes) {}
-  uint32_t components() const { return (uint32_t)warps.size() * 32 + kAgents; }
+  uint32_t components() const { return (uint32_t)warps.size() * 32 + kAgents + kProducts; }
 };
 
 struct Cluster {

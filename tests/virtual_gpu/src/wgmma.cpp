@@ -147,7 +147,14 @@ void run_product(WarpGroup &group) {
       if (!read) read_tile(*w->cta, Descriptor(op.b_descriptor), op.inst->type, !shape.trans_b, 0, shape.n, b, b_poison);
       read = true;
       multiply(*w, op, b, b_poison);
-      for (const Piece &p : op.reads) w->cta->shared.shadow.in_flight(&w->cta->shared.cells[p.shared / 4], p.shared, p.bytes, false, -1);
+      // Its reads are the warpgroup's: whoever has waited for it knows of all of them.
+      const Actor reader = {&w->launch(), w, op.inst, nullptr, nullptr, w->cta->index, (uint32_t)number + 1, 1u << w->index / 4,
+                            (uint8_t)(w->cta->warps.size() + kAgents / 32)};
+      Shadow &shadow = w->cta->shared.shadow;
+      for (const Piece &p : op.reads) {
+        shadow.in_flight(&w->cta->shared.cells[p.shared / 4], p.shared, p.bytes, false, -1);
+        shadow.record(&w->cta->shared.cells[p.shared / 4], p.shared, p.bytes, false, reader);
+      }
       op.reads.clear();
     }
   ++group.warps[0]->launch().changes;
@@ -296,6 +303,11 @@ Flow group_control(Warp &w, Fragment &f, const Inst &in) {
         return Flow::kJumped;
       }
     while (group.completed < end) run_product(group);
+    if (end) {
+      ClockBuilder clock;
+      clock.set(w.cta->index, w.cta->components(), (uint32_t)(w.cta->warps.size() * 32 + kAgents + (size_t)w.index / 4), (uint32_t)end);
+      acquire(w, kAllLanes, clock.freeze(), Ref<Clock>());
+    }
     while (!m.pending.empty() && m.pending.front().number < end) {
       const WgmmaOp &op = m.pending.front();
       const Shape shape(*op.inst);
