@@ -268,13 +268,9 @@ def test_wrong_numbers():
     wrong(product(64, 4, kind="f16", nbytes=image_bytes(A, B)))
     wrong(product(64, 4, signs=(1, -1), nbytes=image_bytes(A, B)))
 
-
-def test_wrong_swizzle():
-    """64 for 128 bytes: along k the start leaves the first row of the smaller pattern."""
     def swizzle(operands):
         operands[:, 1] ^= np.uint64(3 << 62)
-    PRODUCT.caught(lambda kernel, seed: run_reports(kernel, seed, change=swizzle), "descriptor", "// step 2",
-                   "descriptor of B starts 64 bytes into a pattern of 512 bytes without a base offset")
+    wrong(PRODUCT, change=swizzle)
 
 
 # Two groups with accumulators of their own: a wait for all but the latest lets the first be read.

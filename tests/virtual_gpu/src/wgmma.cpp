@@ -243,12 +243,6 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
       launch.stop = true;
       return;
     }
-    const uint32_t width = 16u << d.swizzle;
-    if (d.swizzle && d.start % (8 * width) >= width) {  // the swizzle's pattern of 8 rows starts at a multiple of its size (Table "base offset")
-      say("descriptor", std::string("the descriptor of ") + name + " starts " + std::to_string(d.start % (8 * width)) + " bytes into a pattern of " +
-                            std::to_string(8 * width) + " bytes without a base offset");
-      return;
-    }
     for (int row = begin; row < end; row += k_major ? 1 : 8)
       for (int k = 0; k < kK; k += k_major ? 8 : 1) {
         const uint32_t offset = d.unit(row, k, k_major) - kSharedBase;
