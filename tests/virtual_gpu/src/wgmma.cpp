@@ -243,6 +243,11 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
       launch.stop = true;
       return;
     }
+    if (d.start >> 7 & ((1u << d.swizzle) - 1)) {  // 9.7.15.5.1.2.2: such a pattern needs a base offset
+      say("descriptor", std::string("the descriptor of ") + name + " starts at shared byte " + std::to_string((int32_t)(d.start - kSharedBase)) +
+                            ", inside of the " + std::to_string(128 << d.swizzle) + " bytes after which its swizzle repeats");
+      return;
+    }
     for (int row = begin; row < end; row += k_major ? 1 : 8)
       for (int k = 0; k < kK; k += k_major ? 8 : 1) {
         const uint32_t offset = d.unit(row, k, k_major) - kSharedBase;
