@@ -116,9 +116,9 @@ def accumulators_of(d):
     return parts.reshape(-1, 128).astype(np.float32).view(np.uint32)
 
 
-def run_product(kernel, seed=0, n=64, k=32, kind="bf16", accumulator="f32", a=None, b=None, a_registers=False, accumulate=1, start=None, factor=1, change=None, extra=(), **shape):
+def run_product(kernel, seed=0, n=64, k=32, kind="bf16", accumulator="f32", a=None, b=None, a_registers=False, accumulate=1, start=None, factor=1, change=None, extra=lambda x, y: (), **shape):
     """Small integers, so that every order of summation gives the same. accumulate: the predicate; start: whether D counts, if it is
-    not that; factor: of the product; change: of the descriptors."""
+    not that; factor: of the product; change: of the descriptors; extra: arguments more, of the bits of A and B."""
     rng = np.random.default_rng(seed)
     a, b = a or Layout(64, k, True, 128), b or Layout(n, k, True, 128)
     x, y = rng.integers(-4, 5, (64, k)), rng.integers(-4, 5, (n, k))
@@ -129,7 +129,7 @@ def run_product(kernel, seed=0, n=64, k=32, kind="bf16", accumulator="f32", a=No
         change(operands)
     d, fragments = accumulators_of(c), fragments_of(ROUND[kind](x))
     shape = dict(block=128) | shape
-    kernel.launch(gpu(seed), args=[image, operands, fragments, d, np.uint32(accumulate), *extra], written={3}, **shape)
+    kernel.launch(gpu(seed), args=[image, operands, fragments, d, np.uint32(accumulate), *extra(ROUND[kind](x), ROUND[kind](y))], written={3}, **shape)
     wanted = c * (accumulate if start is None else start) + factor * (x.astype(np.float64) @ y.T)
     np.testing.assert_array_equal(d.view(c.dtype), accumulators_of(wanted.astype(c.dtype)).view(c.dtype))
 
@@ -214,7 +214,7 @@ BUGS = [  # name, edits, kind, where, text
     ("another scale in a lane", (FENCE, "setp.ne.u32 p, lane, 17;\n" + FENCE), "descriptor", "// step 0", "scale-d differs"),
     ("another descriptor in a lane", (FENCE, "setp.eq.u32 more, lane, 17; @more add.u64 a0, a0, 64;\n" + FENCE), "descriptor", "// step 0", "differs between the lanes"),
     ("an undefined descriptor", ("ld.global.u64 b2, [operands+40];", ""), "uninitialised", "// step 2", "descriptor or scale"),
-    ("an undefined operand", ("add.u32 i, i, 128; setp.lt.u32 more, i, 4096;", "add.u32 i, i, 128; setp.lt.u32 more, i, 3968;"), "uninitialised", FIRST.replace("0", "4") if False else "[d+14336], d28", "reaches global memory"),
+    ("an undefined operand", ("setp.lt.u32 more, i, 4096;", "setp.lt.u32 more, i, 3968;"), "uninitialised", "[d+14336], d28", "reaches global memory"),
     ("another shape in flight", (" // step 1", " // step 1\nwgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {d0, d1, d2, d3}, a0, b0, 1, 1, 1, 0, 0; // small"), "wgmma", "// small", "with another shape"),
 ]
 
@@ -251,6 +251,8 @@ def test_descriptors_out_of_range():
     PRODUCT.caught(changed((1, 1), 8192 >> 4), "out-of-range", "// step 1", "descriptor of B reaches shared byte")
     PRODUCT.caught(changed((2, 0), 8192 << 28), "out-of-range", "// step 2", "descriptor of A reaches shared byte")
     PRODUCT.caught(changed((1, 1), 1 << 49), "uncovered", "// step 1", "base offset")
+    for by in (128, 256, 512, 384):  # not a multiple of the 1024 bytes after which the swizzle repeats: it would need one
+        PRODUCT.caught(changed((1, 1), by >> 4), "descriptor", "// step 1", f"descriptor of B starts at shared byte {8192 + 32 + by}, inside of the 1024 bytes")
     low = PRODUCT.edit("add.u64 a0, a0, o;", "")
     low.caught(run_reports, "out-of-range", "// step 0", "descriptor of A reaches shared byte -1024")
     low.caught(changed((0, 0), 1008 >> 4), "out-of-range|descriptor", "// step 0", "")
@@ -305,3 +307,58 @@ def test_groups():
     for edits, at in [((f"{WAIT} // all", f"{but_one} // all"), "[o+512], d1"), ((f"{but_one} // but one", ""), "[o], c1"),
                       ((f"{COMMIT} // one", ""), "[o], c1"), ((f"{but_one} // but one", "wgmma.wait_group.sync.aligned 2; // but two"), "[o], c1")]:
         TWO.edit(*edits).caught(run_two, "wgmma", at, "reads an accumulator")
+
+
+# A fifth warp overwrites shared memory once warp 0 has waited and said so.
+REUSED = PRODUCT.edit("mov.u32 i, tid;\nFILL:", "mov.u32 i, tid; setp.eq.u32 more, warp, 4; @more bra OTHER; setp.eq.u32 more, tid, 0; @more st.shared.u32 [smem+16384], 0;\nFILL:",
+                      WAIT, f"{WAIT} setp.eq.u32 more, tid, 0; @more st.release.cta.shared.u32 [smem+16384], 1;")
+REUSED.shared += 16
+REUSED.body += """bra END;
+OTHER: bar.sync 0; setp.ne.u32 more, lane, 0; @more bra END;
+SPIN: ld.acquire.cta.shared.u32 v, [smem+16384]; setp.eq.u32 more, v, 0; @more bra SPIN;
+st.shared.u32 [smem+16], v;
+st.shared.u32 [smem+8208], v;
+END:
+"""
+
+
+def test_shared_memory_reused():
+    def run(kernel, seed=0):
+        run_reports(kernel, seed, block=160)
+
+    for seed in range(4):
+        run(REUSED, seed)
+    for a, b in ("release", "relaxed"), ("acquire", "relaxed"):
+        for at in "[smem+16], v", "[smem+8208], v":
+            REUSED.edit(f".{a}.", f".{b}.").caught(run, "race", at, "a matrix product .* read without a barrier")
+
+
+# Operands by tensor copies: A and B rows of 128 bytes of one tensor.
+LOADED = Kernel(PRODUCT.params + ", map m", PRODUCT.body[:PRODUCT.body.index("mov.u32 i, tid;")] + """
+add.u32 v, smem, 16384; setp.eq.u32 p, tid, 0;
+@p mbarrier.init.shared::cta.b64 [v], 1;
+@p fence.mbarrier_init.release.cluster;
+bar.sync 0;
+@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [v], 16384;
+@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [m, {0, 0}], [v];
+AGAIN: mbarrier.try_wait.parity.shared::cta.b64 more, [v], 0; @!more bra AGAIN;
+""" + PRODUCT.body[PRODUCT.body.index("mul.wide.u32 o, tid, 4;"):], shared=16400)
+SECOND_COPY = """bar.sync 0;
+@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [v], 16384;
+@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [image], 16384, [v];
+AGAIN2: mbarrier.try_wait.parity.shared::cta.b64 more, [v], 1; @!more bra AGAIN2;
+mul.wide.u32 o, tid, 4;"""
+
+
+def test_swizzle_of_a_tensor_copy():
+    def run(kernel, seed=0, swizzle=128, mode=1):
+        def change(operands):
+            operands[:, 1] ^= np.uint64((1 ^ mode) << 62)
+        run_reports(kernel, seed, change=change, extra=lambda x, y: [vgpu.TensorMap(np.concatenate([x, y]), (128, 64), swizzle)])
+
+    for seed in range(3):
+        run(LOADED, seed)
+    LOADED.caught(lambda k, seed: run(k, seed, swizzle=0), "descriptor", "// step 0", "descriptor of A says a swizzle of 128 bytes, the tensor copy that wrote it one of 0")
+    LOADED.caught(lambda k, seed: run(k, seed, mode=2), "descriptor", "// step 0", "descriptor of B says a swizzle of 64 bytes, the tensor copy that wrote it one of 128")
+    # What a later copy without a swizzle brings is what its bytes are.
+    run(LOADED.edit("mul.wide.u32 o, tid, 4;", SECOND_COPY), swizzle=0)
