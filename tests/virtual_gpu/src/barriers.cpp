@@ -1,6 +1,8 @@
 // bar, barrier, barrier.cluster, fences and mbarrier (PTX ISA 9.7.13).
 #include "barriers.h"
 
+#include <utility>
+
 #include "decode.h"
 #include "machine.h"
 
@@ -299,11 +301,13 @@ Flow mbarrier_wait(Warp &w, Fragment &f, const Inst &in) {
 
 // ---------------------------------------------------------------------------------------------------------- cluster
 
-int cluster_threads(const Cluster &cluster) {
-  int threads = 0;
+// Whether all threads of the cluster that have not exited arrived in this phase. Those that arrived and exited count no more.
+bool all_arrived(const Cluster &cluster) {
   for (const auto &cta : cluster.ctas)
-    for (const auto &warp : cta->warps) threads += __builtin_popcount(~warp->exited);
-  return threads;
+    for (const auto &warp : cta->warps)
+      for (Mask m = ~warp->exited; m; m &= m - 1)
+        if (warp->cluster_phase[(size_t)__builtin_ctz(m)] != cluster.barrier.phase + 1) return false;
+  return true;
 }
 
 // A relaxed arrival tells what the thread's last fence published: fence.mbarrier_init its mbarriers, the example of 9.7.13.4.
@@ -315,12 +319,12 @@ void tell(Warp &w, Mask lanes, ClusterBarrier &b) {
 
 void waited(Warp &w, Mask lanes, const ClusterBarrier &b) {
   acquire(w, lanes, b.completed, b.completed_fenced);
-  for (Mask m = lanes; m; m &= m - 1) w.cluster_seen[(size_t)__builtin_ctz(m)] = w.cluster_phase[(size_t)__builtin_ctz(m)];
+  for (Mask m = lanes; m; m &= m - 1) w.cluster_seen[(size_t)__builtin_ctz(m)] = std::exchange(w.cluster_phase[(size_t)__builtin_ctz(m)], 0);
 }
 
 void check_complete(Cluster &cluster) {
   ClusterBarrier &b = cluster.barrier;
-  if (b.arrived == 0 || b.arrived < cluster_threads(cluster)) return;
+  if (b.arrived == 0 || !all_arrived(cluster)) return;
   b.arrived = 0;
   ++b.phase;
   if (!b.clock.empty()) b.completed = b.clock.freeze();
@@ -344,7 +348,7 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
   if (in.a == 0) {
     for (Mask m = lanes; m; m &= m - 1) {
       uint64_t &mine = w.cluster_phase[(size_t)__builtin_ctz(m)];
-      if (mine == b.phase + 1) w.launch().report("barrier", &w, __builtin_ctz(m), &in, "arrives twice at the cluster barrier without a wait between");
+      if (mine) w.launch().report("barrier", &w, __builtin_ctz(m), &in, "arrives twice at the cluster barrier without a wait between");
       mine = b.phase + 1;  // waits for the end of this phase
     }
     b.arrived += __builtin_popcount(lanes);
@@ -356,7 +360,8 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
     return Flow::kNext;
   }
   const uint64_t phase = w.cluster_phase[(size_t)__builtin_ctz(lanes)];
-  if (phase == 0) w.launch().report("barrier", &w, __builtin_ctz(lanes), &in, "waits at the cluster barrier without an arrival");
+  for (Mask m = lanes; m; m &= m - 1)
+    if (!w.cluster_phase[(size_t)__builtin_ctz(m)]) w.launch().report("barrier", &w, __builtin_ctz(m), &in, "waits at the cluster barrier without an arrival");
   if (b.phase >= phase) {
     waited(w, lanes, b);
     for (Fragment *part : all)
@@ -391,10 +396,10 @@ void barriers_after_exit(Warp &warp) {
   Cta &cta = *warp.cta;
   for (Fragment &f : warp.fragments)  // collectives look again: exited lanes are no longer required
     if (f.mask && f.state == Fragment::kWaiting && f.wait.kind == WaitFor::kCollective) f.state = Fragment::kReady;
+  check_complete(*cta.cluster);
   if (warp.exited != kAllLanes) return;
   for (int id = 0; id < 16; ++id)
     if (cta.barriers.named[id].expected == 0) check_complete(cta, id);
-  check_complete(*cta.cluster);
 }
 
 void check_barriers_at_exit(Cta &cta) {

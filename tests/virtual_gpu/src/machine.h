@@ -70,7 +70,7 @@ struct Warp {
   Mask absent = 0;            // only those
   bool looked = false;        // executed a strong load since its last backward branch
   uint64_t priority = 0;
-  std::array<uint64_t, 32> cluster_phase{}, cluster_seen{};  // of barrier.cluster, when the lane arrived; and the last it waited for
+  std::array<uint64_t, 32> cluster_phase{}, cluster_seen{};  // of barrier.cluster, from arrival to wait; the last waited for
   WarpAsync async;            // its cp.async and bulk groups
   WarpMatrix matrix;          // its wgmma groups
 
