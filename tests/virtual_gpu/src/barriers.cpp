@@ -313,6 +313,7 @@ bool all_arrived(const Cluster &cluster) {
 // A relaxed arrival tells what the thread's last fence published: fence.mbarrier_init its mbarriers, the example of 9.7.13.4.
 void tell(Warp &w, Mask lanes, ClusterBarrier &b) {
   for (Mask m = lanes; m; m &= m - 1) b.clock.join(w.lanes[(size_t)__builtin_ctz(m)].released);
+  b.clock.set(w.cta->index, w.cta->components(), 0, 0);  // orders nothing, and says that this block has begun
   for (auto &[address, mbarrier] : w.cta->barriers.mbarriers)
     if (mbarrier.fenced_at && !mbarrier.told_in && mbarrier.initialised.warp == w.index && mbarrier.initialised.lanes & lanes) mbarrier.told_in = b.phase + 1;
 }

@@ -46,6 +46,7 @@ Ref<Chunk> &ClockBuilder::mine(uint32_t cta, uint32_t components) {
     chunk->cta = cta;
     chunk->epoch.resize(components);
     at = chunks_.insert(at, Ref<Chunk>(chunk));
+    frozen_ = Ref<Clock>();
   } else if ((*at)->refs > 1) {
     Chunk *chunk = new Chunk(**at);
     chunk->refs = 0;

@@ -352,6 +352,9 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
         return fail("out-of-range", verb + std::to_string(bytes) + " bytes of the shared memory of block " + std::to_string(rank - 1) + " of the cluster");
       cta = cta->cluster->ctas[rank - 1].get();
       address &= (1u << kClusterShift) - 1;
+      const Ref<Clock> &known = warp.lanes[(size_t)lane].clock;
+      if (cta != warp.cta && !(known && known->find(cta->index)))
+        fail("race", verb + std::string("shared memory of block ") + std::to_string(rank - 1) + " of the cluster, which may not have begun: no barrier told");
       if (cta->live == 0)
         return fail("exited-block", verb + std::string("shared memory of block ") + std::to_string(rank - 1) + " of the cluster, which has exited");
     }
