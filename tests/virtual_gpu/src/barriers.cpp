@@ -1,6 +1,8 @@
 // bar, barrier, barrier.cluster, fences and mbarrier (PTX ISA 9.7.13).
 #include "barriers.h"
 
+#include <algorithm>
+#include <functional>
 #include <utility>
 
 #include "decode.h"
@@ -262,6 +264,7 @@ Flow mbarrier_signal(Warp &w, Fragment &f, const Inst &in) {
     states[l] = b->phase;
     const Actor who = actor(w, l, in);
     b->last = &in;
+    if (cta != w.cta) b->remote = &in;
     if (in.a == 1 || in.a == 2) mbarrier_transactions(*cta, *b, value, who);
     if (in.a == 3) mbarrier_transactions(*cta, *b, -(int64_t)value, who);
     if (in.a <= 1) {
@@ -403,8 +406,36 @@ void barriers_after_exit(Warp &warp) {
     if (cta.barriers.named[id].expected == 0) check_complete(cta, id);
 }
 
+// Shared memory is gone when its block has ended: what other blocks of the cluster did there happened before that.
+void check_visitors(Cta &cta) {
+  ClockBuilder all;
+  for (const auto &warp : cta.warps)
+    for (const Lane &lane : warp->lanes) all.join(lane.clock);
+  const Ref<Clock> known = all.freeze();
+  Launch &launch = *cta.launch;
+  const std::string end = "block " + std::to_string(cta.rank) + " of the cluster ends, and no barrier makes sure that ";
+  const Actor last = actor(*cta.warps[0], 0, launch.program->code[0]);
+  for (size_t i = 0; i < cta.shared.cells.size(); ++i)
+    cta.shared.shadow.each_access(cta.shared.cells[i], [&](const Access &a) {
+      if (a.cta != cta.index && !happened_before(a, known.get(), last))
+        launch.report("exited-block", nullptr, 0, &launch.program->code[a.statement],
+                      end + launch.who(a) + (a.flags & kWrite ? " wrote" : " read") + " its shared byte " + std::to_string(i * 4) + " before");
+    });
+  for (auto &[address, b] : cta.barriers.mbarriers) {
+    if (!b.remote || b.clock.empty()) continue;
+    const Ref<Clock> arrivals = b.clock.freeze();
+    for (const Ref<Chunk> &theirs : arrivals->chunks) {
+      const Chunk *ours = known->find(theirs->cta);
+      if (theirs->cta == cta.index || (ours && std::equal(ours->epoch.begin(), ours->epoch.end(), theirs->epoch.begin(), std::greater_equal<>()))) continue;
+      launch.report("exited-block", nullptr, 0, b.remote, end + "this arrival at its mbarrier at shared address " + std::to_string(address - kSharedBase) + " came before");
+      break;
+    }
+  }
+}
+
 void check_barriers_at_exit(Cta &cta) {
   Launch &launch = *cta.launch;
+  if (cta.visited) check_visitors(cta);
   for (int id = 0; id < 16; ++id) {
     const NamedBarrier &b = cta.barriers.named[id];
     if (b.expected >= 0 && b.arrived > 0)

@@ -52,6 +52,7 @@ struct MBarrier {
   ClockBuilder clock, fenced;     // of all arrivals so far
   Ref<Clock> completed, completed_fenced;
   const Inst *last = nullptr;     // last arrival, for messages
+  const Inst *remote = nullptr;   // and last one from another block
 };
 
 struct CtaBarriers {

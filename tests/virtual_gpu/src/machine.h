@@ -88,6 +88,7 @@ struct Cta {
   uint32_t index = 0, rank = 0;   // linear in the grid; in its cluster
   uint32_t x = 0, y = 0, z = 0;
   int live = 0;                   // warps not exited
+  bool visited = false;           // other blocks touched its shared memory
   SharedMemory shared;
   std::vector<std::unique_ptr<Warp>> warps;
   CtaBarriers barriers;

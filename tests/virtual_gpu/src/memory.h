@@ -51,6 +51,13 @@ class Shadow {
   bool valid(const Cell *cell, uint64_t address, unsigned bytes) const;
   const Access *writer(const Cell *cell, uint64_t address, unsigned bytes) const;  // who wrote any of these in this launch, or null
   void set_valid(Cell *cell, uint64_t address, unsigned bytes, bool value);
+  template <class Body>
+  void each_access(const Cell &cell, const Body &body) const {
+    if (cell.write.lanes) body(cell.write);
+    if (cell.read.lanes) body(cell.read);
+    if (!cell.more) return;
+    for (const Access &access : overflow_[cell.more - 1]) body(access);
+  }
   void forget(Cell &cell);  // the accesses, not the validity
   void keep_as_primary(Cell &cell);
 
