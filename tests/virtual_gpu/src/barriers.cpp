@@ -290,6 +290,7 @@ Flow mbarrier_wait(Warp &w, Fragment &f, const Inst &in) {
       w.launch().stop = true;
       return Flow::kJumped;
     }
+    if (cta != w.cta) w.launch().report("mbarrier", &w, l, &in, "waits at an mbarrier of another block: only arrivals reach there");
     const bool done = in.a ? (b->phase & 1) != (w.at<uint32_t>(in.r[2])[l] & 1) : b->phase > w.at<uint64_t>(in.r[2])[l];
     b->polled |= !done;
     if (!done) continue;
