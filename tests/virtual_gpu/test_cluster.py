@@ -1,0 +1,274 @@
+"""Clusters on the virtual GPU: ranks, shared memory and mbarriers of other blocks, barrier.cluster, shapes that a launch refuses; and
+elect.sync, setmaxnreg, griddepcontrol."""
+import numpy as np
+import pytest
+
+import vgpu
+from ptx_kernel import Kernel, only, wait
+
+if vgpu.missing():
+    pytest.skip(vgpu.missing(), allow_module_level=True)
+
+SIZES = pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+ARRIVE, WAIT = "barrier.cluster.arrive.aligned;", "barrier.cluster.wait.aligned;"
+BARRIER, LAST = f"{ARRIVE}\n{WAIT}", f"{ARRIVE} // second\n{WAIT} // last"
+
+
+def gpu(seed=0, arch=90):
+    return vgpu.Gpu(arch=arch, seed=seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks and shapes
+
+SPECIAL = ["cluster_ctarank", "cluster_nctarank", *(f"{name}.{axis}" for name in ("cluster_ctaid", "cluster_nctaid", "clusterid", "nclusterid", "ctaid") for axis in "xyz")]
+RANKS = Kernel("u64 out", f"""
+.reg .b32 r, i; .reg .b64 o;
+mov.u32 i, %ctaid.z; mov.u32 r, %nctaid.y; mul.lo.u32 i, i, r; mov.u32 r, %ctaid.y; add.u32 i, i, r; mov.u32 r, %nctaid.x; mad.lo.u32 i, i, r, cta;
+mul.lo.u32 i, i, {len(SPECIAL)}; mul.wide.u32 o, i, 4; add.u64 o, out, o;
+{chr(10).join(f"mov.u32 r, %{name}; st.global.u32 [o+{4 * i}], r;" for i, name in enumerate(SPECIAL))}
+""")
+
+
+@pytest.mark.parametrize("directive", [False, True])
+@pytest.mark.parametrize("grid, cluster", [((4, 1, 1), (2, 1, 1)), ((4, 4, 6), (2, 2, 3)), ((8, 2, 1), (8, 2, 1)), ((3, 2, 4), (1, 1, 2)), ((2, 2, 2), (1, 1, 1))])
+def test_ranks(grid, cluster, directive):
+    """Cluster dimensions from the launch, or from .reqnctapercluster alone."""
+    out = np.zeros((grid[2], grid[1], grid[0], len(SPECIAL)), np.uint32)
+    kernel = Kernel(RANKS.params, RANKS.body, directives=f".explicitcluster .reqnctapercluster {cluster[0]}, {cluster[1]}, {cluster[2]}" if directive else "")
+    kernel.launch(gpu(), grid=grid, block=1, cluster=() if directive else cluster, args=[out])
+    for z, y, x in np.ndindex(out.shape[:3]):
+        at, g, c = np.array((x, y, z)), np.array(grid), np.array(cluster)
+        inside = at % c
+        rank = inside[0] + c[0] * (inside[1] + c[1] * inside[2])
+        np.testing.assert_array_equal(out[z, y, x], [rank, c.prod(), *inside, *c, *(at // c), *(g // c), *at])
+
+
+@pytest.mark.parametrize("shape, directive, why", [
+    (dict(grid=3, cluster=(2,)), "", "not whole clusters in dimension 0"), (dict(grid=(4, 3), cluster=(2, 2)), "", "not whole clusters in dimension 1"),
+    (dict(grid=17, cluster=(17,)), "", "a cluster of 17"), (dict(grid=(8, 4), cluster=(8, 4)), "", "a cluster of 32"),
+    (dict(grid=3), ".explicitcluster .reqnctapercluster 2", "not whole clusters"), (dict(grid=4, cluster=(4,)), ".explicitcluster .reqnctapercluster 2", "requires"),
+    (dict(grid=2, cluster=(2,), arch=80), "", "cluster on sm_80|no such kernel|sm_90")])
+def test_refused_shapes(shape, directive, why):
+    out, arch = np.zeros(1024, np.uint32), shape.pop("arch", 90)
+    kernel = Kernel(RANKS.params, RANKS.body, directives=directive)
+    with pytest.raises(vgpu.LaunchError, match=why):
+        kernel.launch(gpu(arch=arch), block=1, args=[out], **shape)
+    assert not out.any()
+
+
+# ------------------------------------------------------------------------------------------------- shared memory of other blocks
+# Each block writes to its own memory, reads the next block's, writes to the one after; and all of it comes out.
+
+READ, WRITE = "ld.shared::cluster.u32 v, [there];", "st.shared::cluster.u32 [there+256], v;"
+SHARED = Kernel("u64 out", f"""
+.reg .b32 v, w, next, count, here, there; .reg .b64 o; .reg .pred p;
+mov.u32 count, %cluster_nctarank; add.u32 next, rank, 1; rem.u32 next, next, count;
+mad.lo.u32 here, tid, 4, smem; mad.lo.u32 v, cta, 1000, tid; st.shared.u32 [here], v;
+{BARRIER} // first
+mapa.shared::cluster.u32 there, here, next;
+{READ}
+add.u32 next, next, 1; rem.u32 next, next, count;
+mapa.shared::cluster.u32 there, here, next;
+{WRITE}
+{LAST}
+ld.shared.u32 w, [here+256]; mad.lo.u32 v, w, 7, v;
+mad.lo.u32 w, cta, 64, tid; mul.wide.u32 o, w, 4; add.u64 o, out, o; st.global.u32 [o], v;
+""", shared=512)
+GENERIC = SHARED.edit(READ, "{ .reg .b64 g; cvt.u64.u32 g, here; cvta.shared.u64 g, g; mapa.u64 g, g, next; ld.u32 v, [g]; }",
+                      WRITE, "{ .reg .b64 g; cvt.u64.u32 g, here; cvta.shared.u64 g, g; mapa.u64 g, g, next; st.u32 [g+256], v; }")
+SYMBOL = SHARED.edit("mapa.shared::cluster.u32 there, here, next;\nld", "mapa.shared::cluster.u32 there, memory, next; mad.lo.u32 there, tid, 4, there;\nld")
+
+
+def run_shared(kernel, seed=0, size=4, clusters=2):
+    n = size * clusters
+    out = np.zeros((n, 64), np.uint32)
+    kernel.launch(gpu(seed), grid=n, block=64, cluster=(size,), args=[out])
+    block = np.arange(n)
+    neighbour = lambda by: block // size * size + (block % size + by) % size  # noqa: E731
+    first = neighbour(1)[:, None] * 1000 + np.arange(64)
+    np.testing.assert_array_equal(out, first + 7 * first[neighbour(-2)])
+
+
+@SIZES
+@pytest.mark.parametrize("kernel", [SHARED, GENERIC, SYMBOL], ids=["shared::cluster", "generic", "symbol"])
+def test_shared_memory(kernel, size):
+    for seed in range(3):
+        run_shared(kernel, seed, size)
+
+
+SHARED_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at least
+    ("no first barrier", (f"{BARRIER} // first", "bar.sync 0;"), "race", READ, "may not have begun"),
+    ("no wait", (f"{WAIT} // first", "bar.sync 0; // first"), "race", READ, "may not have begun|wrote without a barrier"),
+    ("a relaxed first barrier", (f"{BARRIER} // first", "barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;"), "race", READ, "wrote without a barrier"),
+    ("no last barrier", (LAST, "bar.sync 0;"), "exited-block|race", "ld.shared.u32 w, [here+256]", "", 1),
+    ("the block has ended", (f"{LAST}\nld.shared.u32 w, [here+256];", "mov.u32 w, 0;"), "exited-block", WRITE, "ends, and no barrier makes sure|which has exited"),
+    ("a relaxed last barrier", (LAST, "barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;"), "race", "w, [here+256]", "wrote without a barrier"),
+    ("no such block", ("mapa.shared::cluster.u32 there, here, next;\nld", "mapa.shared::cluster.u32 there, here, count;\nld"), "out-of-range", "here, count", "block 4 of a cluster of 4"),
+    ("beyond its memory", (READ, "ld.shared::cluster.u32 v, [there+512];"), "out-of-range", "[there+512]", "of 512 bytes"),
+    ("through the own window", (READ, "ld.shared::cta.u32 v, [there];"), "out-of-range", "ld.shared::cta", "of the shared memory of block"),
+    ("an arrival too many", (f"{WAIT} // first", f"{WAIT} // first\n{ARRIVE}"), "barrier", "barrier.cluster.arrive.aligned; // second", "arrives twice"),
+    ("a wait too many", (f"{WAIT} // first", f"{WAIT} // first\n{WAIT} // again"), "barrier", "// again", "without an arrival"),
+]
+
+
+@pytest.mark.parametrize("bug", SHARED_BUGS, ids=[bug[0] for bug in SHARED_BUGS])
+def test_misuse_of_shared_memory(bug):
+    SHARED.edit(*bug[1]).caught(run_shared, *bug[2:])
+
+
+# --------------------------------------------------------------------------------------------------- mbarriers of other blocks
+# Every block stores to block 0 and arrives at its mbarrier, `rounds` times; block 0 sums and lets them go on by theirs.
+
+REMOTE_ARRIVE = "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [full];"
+WAIT_FULL, WAIT_EMPTY = wait("smem", "parity", "try_wait.parity.acquire.cluster"), wait("empty", "parity", "test_wait.parity.acquire.cluster")
+SIGNALS = Kernel("u64 out, u32 rounds", f"""
+.reg .b32 v, count, full, to, round, parity, sum, i, empty; .reg .b64 o; .reg .pred p, more;
+mov.u32 count, %cluster_nctarank; mov.u32 sum, 0; mov.u32 round, 0;
+{only("tid eq 0", "mbarrier.init.shared::cta.b64 [smem], count; mbarrier.init.shared::cta.b64 [smem+8], 1; fence.mbarrier_init.release.cluster;")}
+{BARRIER}
+ROUND: and.b32 parity, round, 1;
+mapa.shared::cluster.u32 full, smem, 0; mad.lo.u32 to, rank, 128, full; mad.lo.u32 to, tid, 4, to;
+mad.lo.u32 v, rank, 10, tid; mad.lo.u32 v, round, 100, v;
+st.shared::cluster.u32 [to+16], v;
+bar.warp.sync -1;
+setp.eq.u32 p, tid, 0;
+@p {REMOTE_ARRIVE}
+setp.ne.u32 p, rank, 0; @p bra FOLLOW;
+{WAIT_FULL}
+mov.u32 i, 0;
+ADD: mad.lo.u32 to, i, 128, smem; mad.lo.u32 to, tid, 4, to;
+ld.shared.u32 v, [to+16];
+add.u32 sum, sum, v; add.u32 i, i, 1; setp.lt.u32 p, i, count; @p bra ADD;
+bar.warp.sync -1;
+setp.lt.u32 p, tid, count; mapa.shared::cluster.u32 empty, smem, tid;
+@p mbarrier.arrive.release.cluster.shared::cluster.b64 _, [empty+8];
+FOLLOW: add.u32 empty, smem, 8;
+{WAIT_EMPTY}
+add.u32 round, round, 1; setp.lt.u32 p, round, rounds; @p bra ROUND;
+{LAST}
+setp.eq.u32 p, rank, 0; mul.wide.u32 o, tid, 4; add.u64 o, out, o; @p st.global.u32 [o], sum;
+""", shared=16 + 128 * 16)
+
+
+def run_signals(kernel, seed=0, size=4, rounds=3):
+    out = np.zeros(32, np.uint32)
+    kernel.edit("mapa.shared::cluster.u32 empty, smem, tid;", "@p mapa.shared::cluster.u32 empty, smem, tid;").launch(
+        gpu(seed), grid=size, block=32, cluster=(size,), args=[out, np.uint32(rounds)])
+    np.testing.assert_array_equal(out, sum(100 * k + 10 * r + np.arange(32) for k in range(rounds) for r in range(size)))
+
+
+@SIZES
+def test_signals(size):
+    for seed in range(3):
+        run_signals(SIGNALS, seed, size)
+
+
+SIGNALS_BUGS = [
+    ("no first barrier", (f"\n{BARRIER}\nROUND", "\nbar.sync 0;\nROUND"), "race", "[to+16], v;", "may not have begun"),
+    ("arrival at what is no mbarrier", (REMOTE_ARRIVE, REMOTE_ARRIVE.replace("[full]", "[full+16]")), "mbarrier", "[full+16]", "no initialised mbarrier at shared address 16"),
+    ("relaxed arrival", (REMOTE_ARRIVE, REMOTE_ARRIVE.replace("release", "relaxed")), "race", "ld.shared.u32 v, [to+16]", "wrote without a barrier"),
+    ("only one lane's stores", ("bar.warp.sync -1;\nsetp.eq.u32 p, tid, 0;", "setp.eq.u32 p, tid, 0;"), "race", "ld.shared.u32 v, [to+16]", "wrote without a barrier"),
+    ("no wait for the others", (WAIT_FULL, ""), "race", "ld.shared.u32 v, [to+16]", "wrote without a barrier", 4),
+    ("waits at another block's", (WAIT_EMPTY, wait("full", "parity")), "mbarrier", "[full], parity", "of another block"),
+    ("an arrival too few", ("[smem], count;", "[smem], i;", "mov.u32 sum, 0;", "mov.u32 sum, 0; add.u32 i, count, 1;"), "deadlock", WAIT_FULL, "mbarrier at shared address 0 of block 0: phase 0 lacks 1 of 5"),
+    ("nobody waits for the last arrival", (LAST, "", "add.u32 round, round, 1; setp.lt.u32 p, round, rounds; @p bra ROUND;", "", WAIT_EMPTY, ""),
+     "exited-block", "_, [empty+8];", "no barrier makes sure that this arrival|has exited"),
+]
+
+
+@pytest.mark.parametrize("bug", SIGNALS_BUGS, ids=[bug[0] for bug in SIGNALS_BUGS])
+def test_misuse_of_signals(bug):
+    SIGNALS.edit(*bug[1]).caught(run_signals, *bug[2:])
+
+
+# --------------------------------------------------------------------------------------------------------- who arrives and exits
+
+# Most threads of block 0 arrive and exit: they do not stand for those of block 1, which write there and arrive late. Some of block 1
+# exit without arriving, before or after all others have arrived.
+EXITS = Kernel("u64 out, u32 early", f"""
+.reg .b32 v, i, there; .reg .b64 o; .reg .pred p, first;
+setp.eq.u32 first, tid, 0;
+{BARRIER}
+setp.eq.u32 p, rank, 1; @p bra LATE;
+barrier.cluster.arrive;
+@!first ret;
+barrier.cluster.wait; // of block 0
+ld.shared.u32 v, [smem]; st.global.u32 [out], v;
+ret;
+LATE: mov.u32 i, 0; setp.ge.u32 p, tid, early; @p ret;
+SPIN: add.u32 i, i, 1; setp.lt.u32 p, i, 2000; @p bra SPIN;
+mapa.shared::cluster.u32 there, smem, 0;
+@first st.shared::cluster.u32 [there], 5;
+setp.ge.u32 p, tid, 20; @p bra NEVER;
+barrier.cluster.arrive; // late
+barrier.cluster.wait;
+ret;
+NEVER: add.u32 i, i, 1; setp.lt.u32 p, i, 9000; @p bra NEVER;
+""")
+
+
+def run_exits(kernel, seed=0, early=25):
+    out = np.zeros(1, np.uint32)
+    kernel.launch(gpu(seed), grid=2, block=32, cluster=(2,), args=[out, np.uint32(early)])
+    assert out[0] == 5
+
+
+def test_exits():
+    for seed in range(4):
+        run_exits(EXITS, seed)
+        run_exits(EXITS, seed, 32)
+    EXITS.edit("barrier.cluster.wait; // of block 0", "").caught(run_exits, "race|uninitialised", "ld.shared.u32 v, [smem]", "", 4)
+
+
+# ------------------------------------------------------------------------------------------------------------ single instructions
+
+def test_elect():
+    """One lane of a warp leads, which one differs between runs; what it alone issues is issued once."""
+    kernel = Kernel("u64 x, u64 out", f"""
+.reg .b32 leader, v; .reg .b64 o; .reg .pred p, q;
+elect.sync leader|p, 0xffffffff;
+@p mbarrier.init.shared::cta.b64 [smem+128], 1;
+@p fence.mbarrier_init.release.cluster;
+@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem+128], 128;
+@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [x], 128, [smem2];
+bar.warp.sync -1;
+{wait("smem2", "0")}
+mad.lo.u32 v, lane, 4, smem; ld.shared.u32 v, [v]; mul.wide.u32 o, lane, 4; add.u64 o, out, o; st.global.u32 [o], v; st.global.u32 [o+128], leader;
+elect.sync _|q, 0xffff0000; selp.u32 v, 1, 0, q; st.global.u32 [o+256], v;
+""".replace("elect.sync _|q", "setp.lt.u32 q, lane, 16; @q ret; elect.sync _|q"), shared=144, registers=".reg .b32 smem2;")
+    kernel.body = kernel.body.replace("elect.sync leader", "add.u32 smem2, smem, 128; elect.sync leader", 1)
+    raw = np.zeros(48, np.uint32)
+    x = raw[-raw.ctypes.data // 4 % 4:][:32]
+    x[:] = np.arange(32) + 7
+    leaders = set()
+    for seed in range(5):
+        out = np.zeros((3, 32), np.uint32)
+        kernel.launch(gpu(seed), block=32, args=[x, out], written={1})
+        np.testing.assert_array_equal(out[0], x)
+        leaders |= set(out[1])
+        assert len(set(out[1])) == 1 and out[2].sum() == 1 and not out[2, :16].any()
+    assert len(leaders) > 1
+
+
+OWN_WORD = ".reg .b64 o; mul.wide.u32 o, tid, 4; add.u64 out, out, o; st.global.u32 [out], tid;"
+
+
+def run_words(kernel, seed=0):
+    out = np.full(128, 999, np.uint32)
+    kernel.launch(gpu(seed), block=128, args=[out])
+    np.testing.assert_array_equal(out, np.arange(128))
+
+
+@pytest.mark.parametrize("which", ["inc", "dec"])
+def test_setmaxnreg(which):
+    """A multiple of 8 from 24 to 256; others (which ptxas refuses too) do not pass."""
+    for n in (24, 40, 232, 256, 16, 44, 264):
+        kernel = Kernel("u64 out", f"setmaxnreg.{which}.sync.aligned.u32 {n};\n{OWN_WORD}", directives=".maxntid 128")
+        if n % 8 == 0 and 24 <= n <= 256:
+            run_words(kernel)
+        else:
+            kernel.caught(run_words, "uncovered", "setmaxnreg")
+
+
+def test_griddepcontrol():
+    run_words(Kernel("u64 out", f"griddepcontrol.wait;\ngriddepcontrol.launch_dependents;\n{OWN_WORD}"))
