@@ -206,6 +206,17 @@ void mbarrier_arrive_copies(Warp &w, const Inst &in, Mask m) {
 }  // namespace
 
 void complete_load(Launch &launch, BulkCopy &copy) {
+  for (const Piece &p : copy.pieces)
+    if (!p.fill)
+      by_page(p.global, p.bytes, [&](uint64_t at, uint32_t n) {
+        const GlobalSpan g = global_cells(launch, at);
+        g.shadow->in_flight(g.cells, at, n, false, -1);
+        const Allocation *a = launch.global->find(at);
+        if (a && a->writable)  // nobody can write over the others
+          for (Cta *cta : copy.targets)
+            if (const auto b = cta->barriers.mbarriers.find(copy.mbarrier); b != cta->barriers.mbarriers.end())
+              g.shadow->record(g.cells, at, n, false, agent(launch, copy.inst, *cta, b->second, true));
+      });
   for (Cta *cta : copy.targets) {
     const auto found = cta->barriers.mbarriers.find(copy.mbarrier);
     if (found == cta->barriers.mbarriers.end()) {
@@ -220,12 +231,6 @@ void complete_load(Launch &launch, BulkCopy &copy) {
     announce(*cta, b);
     mbarrier_transactions(*cta, b, -copy.bytes, agent(launch, copy.inst, *cta, b, true));
   }
-  for (const Piece &p : copy.pieces)
-    if (!p.fill)
-      by_page(p.global, p.bytes, [&](uint64_t at, uint32_t n) {
-        const GlobalSpan g = global_cells(launch, at);
-        g.shadow->in_flight(g.cells, at, n, false, -1);
-      });
 }
 
 void free_source(Launch &launch, BulkCopy &copy) {
