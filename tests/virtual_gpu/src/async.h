@@ -105,7 +105,7 @@ void wgmma_check(Warp &warp, const Inst &in);
 // Sync through memory: what atomics and strong accesses publish at an address.
 struct SyncLocation {
   ClockBuilder clock, fenced;
-  std::map<uint32_t, ClockBuilder> of_cta;  // released with block scope
+  std::map<uint32_t, ClockBuilder> of_cta;  // what a block released here, with block scope too
 };
 using SyncLocations = std::unordered_map<uint64_t, SyncLocation>;
 

@@ -123,8 +123,9 @@ void fence(Warp &w, const Inst &in, Mask m) {
     ClockBuilder clock;
     clock.join(lane.clock);
     if (in.a != 2) {
-      clock.join(lane.pending);
-      lane.pending = Ref<Clock>();
+      clock.join(in.a ? lane.pending : lane.pending_cta);
+      if (in.a) lane.pending = Ref<Clock>();
+      lane.pending_cta = Ref<Clock>();
       lane.clock = clock.empty() ? lane.clock : clock.freeze();
     }
     clock.set(w.cta->index, w.cta->components(), (uint32_t)(w.index * 32 + l), w.epoch);

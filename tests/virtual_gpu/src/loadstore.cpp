@@ -69,22 +69,23 @@ uint64_t location_key(const Warp &warp, const Span &span) {
 enum Order : int { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
 enum Scope : int { kCtaScope, kGpuScope };
 
-// A strong read takes over what was published at the location: at once if it acquires, else at the thread's next fence.
-void observe(Warp &w, int lane, uint64_t key, int order) {
+// A strong read takes over what was published at the location: at once if it acquires, else at the thread's next fence. With block
+// scope, on either side, that is what the block itself published.
+void observe(Warp &w, int lane, uint64_t key, int order, int scope) {
   const auto found = w.launch().locations.find(key);
   if (found == w.launch().locations.end()) return;
-  ClockBuilder seen;
-  if (!found->second.clock.empty()) seen.join(found->second.clock.freeze());
+  ClockBuilder seen, seen_of_cta;
   const auto own = found->second.of_cta.find(w.cta->index);
-  if (own != found->second.of_cta.end() && !own->second.empty()) seen.join(own->second.freeze());
+  if (own != found->second.of_cta.end() && !own->second.empty()) seen_of_cta.join(own->second.freeze());
+  if (!seen_of_cta.empty()) seen.join(seen_of_cta.freeze());
+  if (scope != kCtaScope && !found->second.clock.empty()) seen.join(found->second.clock.freeze());
   if (seen.empty()) return;
-  if (order == kAcquire || order == kAcquireRelease) {
-    acquire(w, 1u << lane, seen.freeze(), Ref<Clock>());
-  } else {
-    Lane &l = w.lanes[(size_t)lane];
-    if (l.pending) seen.join(l.pending);
-    l.pending = seen.freeze();
-  }
+  if (order == kAcquire || order == kAcquireRelease) return acquire(w, 1u << lane, seen.freeze(), Ref<Clock>());
+  Lane &l = w.lanes[(size_t)lane];
+  seen.join(l.pending);
+  l.pending = seen.freeze();
+  seen_of_cta.join(l.pending_cta);
+  if (!seen_of_cta.empty()) l.pending_cta = seen_of_cta.freeze();
 }
 
 // A strong write publishes: its thread's past if it releases, else what the thread's last fence published. A plain strong
@@ -94,10 +95,12 @@ void publish(Warp &w, int lane, uint64_t key, int order, int scope, bool atomic)
   if (!atomic) location = SyncLocation();
   const Lane &l = w.lanes[(size_t)lane];
   if (order == kRelease || order == kAcquireRelease) {
-    ClockBuilder fenced;
-    release(w, 1u << lane, scope == kCtaScope ? location.of_cta[w.cta->index] : location.clock, fenced);
+    ClockBuilder clock, fenced;
+    release(w, 1u << lane, clock, fenced);
+    if (scope != kCtaScope) location.clock.join(clock.freeze());
+    location.of_cta[w.cta->index].join(clock.freeze());
   }
-  if (l.released) location.clock.join(l.released);
+  if (l.released && scope != kCtaScope) location.clock.join(l.released);
   if (l.released_cta) location.of_cta[w.cta->index].join(l.released_cta);
 }
 
@@ -156,7 +159,7 @@ void load(Warp &w, const Inst &in, Mask m) {
         if (!span.shadow->valid(span.cells + ((at & 3) + e * element) / 4, at + e * element, element)) poison[e] |= 1u << l;
       if (strong) {
         w.looked = true;
-        observe(w, l, location_key(w, span), in.a);
+        observe(w, l, location_key(w, span), in.a, in.b & 1);
       }
       if (const Access *writer = in.c ? span.shadow->writer(span.cells, at, bytes) : nullptr)
         w.launch().report("race", &w, l, &in, "a non-coherent load (ld.global.nc) reads what this kernel wrote: " + w.launch().who(*writer));
@@ -315,7 +318,7 @@ void atom(Warp &w, const Inst &in, Mask m) {
     memcpy(span.data, &now, bytes);
     w.looked = true;
     const uint64_t key = location_key(w, span);
-    observe(w, l, key, in.a);
+    observe(w, l, key, in.a, in.b & 1);
     if (!(in.c == kCas && old[l] != a)) publish(w, l, key, in.a, in.b & 1, true);
   }
   Counters &c = w.launch().counters;

@@ -49,7 +49,8 @@ struct Lane {
   Ref<Clock> fenced;          // the part of it that a proxy fence made visible to the async proxy
   Ref<Clock> released;        // clock at its last fence of gpu scope or wider
   Ref<Clock> released_cta;    // and of any scope
-  Ref<Clock> pending;         // what its relaxed reads saw, acquired by its next fence
+  Ref<Clock> pending;         // what its relaxed reads saw, acquired by its next fence of gpu scope or wider
+  Ref<Clock> pending_cta;     // the part of it that a fence of block scope acquires
 };
 
 struct Cta;
