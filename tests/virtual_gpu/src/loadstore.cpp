@@ -69,6 +69,8 @@ uint64_t location_key(const Warp &warp, const Span &span) {
 enum Order : int { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
 enum Scope : int { kCtaScope, kGpuScope };
 
+uint8_t strength(const Inst &in) { return in.a == kWeak ? 0 : (in.b & 1) == kCtaScope ? kStrong | kBlockScope : kStrong; }
+
 // A strong read takes over what was published at the location: at once if it acquires, else at the thread's next fence. With block
 // scope, on either side, that is what the block itself published.
 void observe(Warp &w, int lane, uint64_t key, int order, int scope) {
@@ -154,7 +156,7 @@ void load(Warp &w, const Inst &in, Mask m) {
       const bool in_shared = is_shared(span.space);
       (in_shared ? shared : global) |= 1u << l;
       const uint64_t at = span.at;
-      span.shadow->touch(span.cells, at, bytes, false, actor(w, l, in, strong));
+      span.shadow->touch(span.cells, at, bytes, false, actor(w, l, in, strength(in)));
       for (unsigned e = 0; e < in.vector; ++e)
         if (!span.shadow->valid(span.cells + ((at & 3) + e * element) / 4, at + e * element, element)) poison[e] |= 1u << l;
       if (strong) {
@@ -223,7 +225,7 @@ void store(Warp &w, const Inst &in, Mask m) {
       (in_shared ? shared : global) |= 1u << l;
       const uint64_t at = span.at;
       if (undefined && !in_shared) check_poison(w, in, 1u << l, "global memory");
-      span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strong));
+      span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strength(in)));
       for (unsigned e = 0; undefined && e < in.vector; ++e)
         if (undefined >> e & 1) span.shadow->set_valid(span.cells + ((at & 3) + e * element) / 4, at + e * element, element, false);
       if (strong) publish(w, l, location_key(w, span), in.a, in.b & 1, false);
@@ -313,7 +315,7 @@ void atom(Warp &w, const Inst &in, Mask m) {
     uint64_t now = flush ? atom_value(in, flushed(old[l]), flushed(a), b) : atom_value(in, old[l], a, b);
     if (flush) now = flushed(now);
     const uint64_t changes = w.launch().changes;
-    span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, true));
+    span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strength(in)));
     if (now == old[l]) w.launch().changes = changes;  // nobody can tell: a failed attempt is no progress
     memcpy(span.data, &now, bytes);
     w.looked = true;

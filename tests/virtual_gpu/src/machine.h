@@ -155,9 +155,9 @@ struct Actor {
   uint32_t cta, epoch;
   Mask lanes;                // one lane, or those that act as one
   uint8_t row;               // warp, or an agent's row
-  uint8_t flags = 0;         // kStrong, kAsyncProxy
+  uint8_t flags = 0;         // kStrong, kBlockScope (of a strong one), kAsyncProxy
 };
-Actor actor(Warp &warp, int lane, const Inst &in, bool strong = false);
+Actor actor(Warp &warp, int lane, const Inst &in, uint8_t flags = 0);
 bool happened_before(const Access &access, const Clock *clock, const Actor &actor);
 
 // Resolves [address, address + bytes) of a lane; reports what is out of range, misaligned or read-only.

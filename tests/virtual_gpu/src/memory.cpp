@@ -123,7 +123,7 @@ void Shadow::in_flight(Cell *cell, uint64_t address, unsigned bytes, bool write,
 
 inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const Actor &actor, uint64_t address) {
   if (!(access.flags & bytes) || !access.lanes) return;
-  if (access.flags & actor.flags & kStrong) return;
+  if (access.flags & actor.flags & kStrong && (access.cta == actor.cta || !((access.flags | actor.flags) & kBlockScope))) return;
   if (!happened_before(access, actor.clock, actor)) {
     actor.launch->report("race", actor.warp, __builtin_ctz(actor.lanes), actor.inst,
                          std::string(write ? "writes " : "reads ") + actor.launch->place(address, global_) + ", which " +
@@ -162,8 +162,10 @@ Access made_by(const Actor &actor, uint8_t bytes, bool write) {
 
 bool same_warp(const Access &a, const Actor &b) { return a.cta == b.cta && a.warp == b.row; }
 
-// Whether an earlier access still matters behind a later one: two strong ones do not race, a weak and a strong one do.
-bool outlives(const Access &earlier, const Actor &later) { return !(earlier.flags & kStrong) && later.flags & kStrong; }
+int strength(uint8_t flags) { return !(flags & kStrong) ? 0 : flags & kBlockScope ? 1 : 2; }
+
+// Whether an earlier access still matters behind a later one: it races with some that the later one does not race with.
+bool outlives(const Access &earlier, const Actor &later) { return strength(earlier.flags) < strength(later.flags); }
 
 constexpr size_t kMostReaders = 16;  // beyond these the oldest is forgotten
 
@@ -173,7 +175,7 @@ void Shadow::record_read(Cell &cell, uint8_t bytes, const Actor &actor) {
   bool recorded = false;
   const auto add = [&](Access &access) {  // joins an entry of the same warp, epoch and bytes; takes these lanes out of older ones
     if (!access.lanes || !same_warp(access, actor) || access.flags & kWrite) return;
-    if (access.epoch == actor.epoch && (access.flags & kBytes) == bytes && (access.flags & kStrong) == (actor.flags & kStrong)) {
+    if (access.epoch == actor.epoch && (access.flags & kBytes) == bytes && strength(access.flags) == strength(actor.flags)) {
       access.lanes |= actor.lanes;
       recorded = true;
     } else if (!((access.flags & kBytes) & ~bytes) && !outlives(access, actor)) {
@@ -290,10 +292,10 @@ Cell *GlobalMemory::cells(uint64_t address, uint64_t launch, uint64_t after) {
 
 // ------------------------------------------------------------------------------------------------------- resolving
 
-Actor actor(Warp &warp, int lane, const Inst &in, bool strong) {
+Actor actor(Warp &warp, int lane, const Inst &in, uint8_t flags) {
   const Lane &l = warp.lanes[(size_t)lane];
   return {&warp.launch(), &warp, &in, l.clock.get(), l.clock.get(), warp.cta->index, warp.epoch, 1u << lane, (uint8_t)warp.index,
-          (uint8_t)(strong ? kStrong : 0)};
+          flags};
 }
 
 namespace {

@@ -26,7 +26,7 @@ struct Access {
   uint8_t warp = 0;
   uint8_t flags = 0;  // bytes of the cell in the low four bits, then the flags below
 };
-constexpr uint8_t kBytes = 15, kStrong = 16, kAsyncProxy = 32, kWrite = 64;
+constexpr uint8_t kBytes = 15, kStrong = 16, kAsyncProxy = 32, kWrite = 64, kBlockScope = 128;
 
 struct Cell {
   Access write, read;       // the last ones
