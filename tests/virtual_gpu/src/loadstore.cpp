@@ -63,7 +63,11 @@ void count_global(Warp &warp, const uint64_t *addresses, Mask lanes, unsigned by
 bool is_shared(Space s) { return s == Space::kShared || s == Space::kSharedCluster; }
 
 uint64_t location_key(const Warp &warp, const Span &span) {
-  return is_shared(span.space) ? (uint64_t)(span.data - warp.cta->shared.data.data()) | (uint64_t)(warp.cta->index + 1) << 40 | 1ull << 63 : (uint64_t)span.data;
+  if (!is_shared(span.space)) return (uint64_t)span.data;
+  uint64_t owner = 0;
+  for (const auto &cta : warp.cta->cluster->ctas)
+    if (&cta->shared.shadow == span.shadow) owner = cta->index;
+  return span.at | (owner + 1) << 40 | 1ull << 63;
 }
 
 enum Order : int { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
