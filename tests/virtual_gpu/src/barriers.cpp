@@ -84,12 +84,15 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
   }
   b.expected = (int)threads;
   b.arrived += 32;
-  if (in.b >= 0) {
-    const Slot p = r[1 + in.d];
-    check_poison(w, in, w.predicate_poison[p & ~kNegated] & required, "a reduction at a barrier");
-    const Mask v = (p & kNegated ? ~w.predicates[p & ~kNegated] : w.predicates[p]) & required;
+  const auto at = [&](const Fragment *part) -> const Inst & { return w.launch().program->code[part->pc]; };
+  for (const Fragment *part : all) {
+    const Inst &own = at(part);
+    if (own.b < 0) continue;
+    const Slot p = own.r[2 + own.d];
+    check_poison(w, own, w.predicate_poison[p & ~kNegated] & part->mask, "a reduction at a barrier");
+    const Mask v = (p & kNegated ? ~w.predicates[p & ~kNegated] : w.predicates[p]) & part->mask;
     b.true_lanes += __builtin_popcount(v);
-    b.all_lanes += __builtin_popcount(required);
+    b.all_lanes += __builtin_popcount(part->mask);
   }
   release(w, required, b.clock, b.fenced);
   ++w.launch().changes;
@@ -103,8 +106,8 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
     part->state = Fragment::kWaiting;
     part->wait = WaitFor();
     part->wait.kind = WaitFor::kBarrier;
+    b.waiting.push_back({&w, part->mask, &at(part)});
   }
-  b.waiting.push_back({&w, required, &in});
   check_complete(cta, (int)id);
   return Flow::kJumped;
 }
