@@ -16,17 +16,16 @@ void count_shared(Warp &warp, const Inst &in, const uint64_t *addresses, Mask la
   for (int begin = 0; begin < 32; begin += lanes_a_pass) {
     const Mask pass = lanes >> begin & (lanes_a_pass == 32 ? kAllLanes : (1u << lanes_a_pass) - 1);
     if (!pass) continue;
-    uint64_t words[32][4];
+    uint64_t words[32][32];  // a lane has one word of a bank at most
     uint8_t count[32] = {}, most = 0;
     for (Mask m = pass; m; m &= m - 1) {
       const uint64_t a = addresses[begin + __builtin_ctz(m)];
       for (uint64_t word = a / 4; word * 4 < a + bytes; ++word) {
         const size_t bank = word % 32;
         bool there = false;
-        const uint8_t kept = std::min<uint8_t>(count[bank], 4);
-        for (uint8_t i = 0; i < kept; ++i) there |= words[bank][i] == word;
+        for (uint8_t i = 0; i < count[bank]; ++i) there |= words[bank][i] == word;
         if (there) continue;
-        if (count[bank] < 4) words[bank][count[bank]] = word;
+        words[bank][count[bank]] = word;
         most = std::max<uint8_t>(most, ++count[bank]);
       }
     }
