@@ -294,6 +294,14 @@ void Decoder::source(const Operand &o, Type type) {
     const Register &r = program_.kernel->registers[(size_t)o.reg];
     operands_.push_back(r.kind == Register::kSpecial ? special(r.name) : slot_of(o.reg));
     if (r.kind == Register::k32 || r.kind == Register::k64) used_.push_back(slot_of(o.reg));
+  } else if (o.kind == Operand::kImmediate && o.real) {
+    double value;
+    memcpy(&value, &o.immediate, 8);
+    const float narrow = (float)value;
+    uint32_t bits;
+    memcpy(&bits, &narrow, 4);
+    if (type != Type::kF32 && type != Type::kF64) throw Uncovered();
+    operands_.push_back(type == Type::kF32 ? constant(bits, false) : constant((uint64_t)o.immediate, true));
   } else if (o.kind == Operand::kImmediate && type != Type::kPred) {
     operands_.push_back(constant((uint64_t)(type_bytes(type) == 2 ? o.immediate & 0xffff : o.immediate), type_bytes(type) == 8));
   } else if (o.kind == Operand::kSymbol) {

@@ -382,8 +382,9 @@ class Parser {
     } else if (accept("_")) {
       o.kind = Operand::kSink;
     } else if (accept("-")) {
-      o.kind = Operand::kImmediate;
-      o.immediate = -number(next());
+      o = operand();
+      if (o.kind != Operand::kImmediate) fail("not a number");
+      o.immediate = o.real ? o.immediate ^ INT64_MIN : -o.immediate;
     } else if (accept("{")) {
       o.kind = Operand::kVector;
       do o.elements.push_back(operand());
@@ -405,7 +406,13 @@ class Parser {
       expect("]");
     } else if (isdigit((unsigned char)peek()[0])) {
       o.kind = Operand::kImmediate;
-      o.immediate = number(next());
+      o.real = peek().find('.') != std::string::npos;
+      if (o.real) {
+        const double value = strtod(next().c_str(), nullptr);
+        memcpy(&o.immediate, &value, 8);
+      } else {
+        o.immediate = number(next());
+      }
     } else {
       o.reg = find_register(peek());
       o.kind = o.reg >= 0 ? Operand::kRegister : Operand::kSymbol;

@@ -23,6 +23,7 @@ struct Operand {
   Kind kind = kSink;
   bool negated = false;           // !%p
   bool pair = false;              // kVector written as d|p
+  bool real = false;              // kImmediate written as 1.0: its bits are those of a double
   int reg = -1;                   // kRegister; kAddress: the base, or -1
   std::string symbol;             // kSymbol; kAddress: the base variable, or ""
   int64_t immediate = 0;          // kImmediate: its bits; kAddress: the byte offset
