@@ -1,7 +1,5 @@
-"""Bulk and tensor copies of the virtual GPU (PTX ISA 9.7.9.25.4 and 9.7.9.27): layouts against numpy, what must happen around a
-copy, and the limits of cuTensorMapEncodeTiled (CUDA driver API 6.30)."""
-import ctypes
-
+"""Bulk and tensor copies of the virtual GPU (PTX ISA 9.7.9.25.4 to 9.7.9.25.6): layouts against numpy, and what must happen
+around a copy."""
 import numpy as np
 import pytest
 
@@ -82,7 +80,8 @@ def run_load(kernel, seed=0, random_completion=False, tensor=None, box=(16, 64),
     tensor = make_tensor((40, 64), np.uint16) if tensor is None else tensor
     wanted, _ = box_of(tensor, box, origin)
     out = np.zeros(wanted.nbytes, np.uint8)
-    kernel.launch(gpu(seed, random_completion), block=64, args=[vgpu.TensorMap(tensor, box, swizzle), out, *map(np.int32, origin)], written={1}, **more)
+    kernel.launch(gpu(seed, random_completion), block=64,
+                  args=[vgpu.TensorMap(tensor, box, swizzle), out, *map(np.int32, origin)], written={1}, **more)
     np.testing.assert_array_equal(out, swizzle_bytes(wanted.view(np.uint8).reshape(-1), swizzle))
 
 
@@ -93,7 +92,8 @@ def run_store(kernel, seed=0, random_completion=False, tensor=None, box=(16, 64)
     slices = tuple(slice(max(o, 0), max(min(o + n, s), 0)) for o, n, s in zip(origin, box, tensor.shape))
     wanted[slices] = inner[inside].reshape(wanted[slices].shape)
     x = swizzle_bytes(inner.view(np.uint8).reshape(-1), swizzle)
-    kernel.launch(gpu(seed, random_completion), block=64, args=[vgpu.TensorMap(tensor, box, swizzle), x, *map(np.int32, origin)], written={0}, **more)
+    kernel.launch(gpu(seed, random_completion), block=64, args=[vgpu.TensorMap(tensor, box, swizzle), x, *map(np.int32, origin)],
+                  written={0}, **more)
     np.testing.assert_array_equal(tensor, wanted)
     assert inside.any() == (wanted[slices].size > 0)
 
@@ -109,8 +109,10 @@ def make_tensor(shape, dtype, pad=0):
 
 
 SHAPES = [  # tensor, box, dtype, padding of a row; a row of the box is 32, 64 or 128 bytes for that swizzle
-    ((100,), (48,), np.uint8, 12), ((90,), (32,), np.uint16, 6), ((40, 64), (16, 64), np.uint16, 0), ((33, 72), (24, 32), np.uint16, 8),
-    ((20, 30), (8, 8), np.int32, 2), ((70, 40), (64, 32), np.uint8, 8), ((5, 9, 64), (3, 8, 64), np.uint16, 0), ((4, 12, 20), (2, 8, 16), np.uint16, 4),
+    ((100,), (48,), np.uint8, 12), ((90,), (32,), np.uint16, 6),
+    ((40, 64), (16, 64), np.uint16, 0), ((33, 72), (24, 32), np.uint16, 8), ((20, 30), (8, 8), np.int32, 2),
+    ((70, 40), (64, 32), np.uint8, 8),
+    ((5, 9, 64), (3, 8, 64), np.uint16, 0), ((4, 12, 20), (2, 8, 16), np.uint16, 4),
     ((2, 3, 4, 16), (2, 2, 3, 16), np.uint16, 0), ((2, 3, 2, 4, 16), (1, 2, 2, 3, 16), np.uint16, 0)]
 
 
@@ -128,7 +130,8 @@ CASES = [(shape, box, dtype, pad, swizzle) for shape, box, dtype, pad in SHAPES 
 
 
 @pytest.mark.parametrize("direction", ["load", "store"])
-@pytest.mark.parametrize("shape, box, dtype, pad, swizzle", CASES, ids=[f"{s}-{b}-{np.dtype(d).name}-{w}" for s, b, d, _, w in CASES])
+@pytest.mark.parametrize("shape, box, dtype, pad, swizzle", CASES,
+                         ids=[f"{s}-{b}-{np.dtype(d).name}-{w}" for s, b, d, _, w in CASES])
 def test_boxes(shape, box, dtype, pad, swizzle, direction):
     tensor = make_tensor(shape, dtype, pad)
     make, run = (load_kernel, run_load) if direction == "load" else (store_kernel, run_store)
@@ -153,7 +156,8 @@ FENCE = "fence.proxy.async.shared::cta;"
 # Each half of the block's 64 threads has a buffer and an mbarrier: loads, adds 1 to each word, and stores.
 BULK = Kernel("u64 x, u64 out, u32 bytes", f"""
 .reg .b32 to, bar, half, i, a, v; .reg .b64 o; .reg .pred p, lead;
-shr.u32 half, tid, 5; mad.lo.u32 to, half, 512, smem; mad.lo.u32 bar, half, 8, smem; add.u32 bar, bar, 1024; setp.eq.u32 lead, lane, 0;
+shr.u32 half, tid, 5; mad.lo.u32 to, half, 512, smem; mad.lo.u32 bar, half, 8, smem; add.u32 bar, bar, 1024;
+setp.eq.u32 lead, lane, 0;
 mul.lo.u32 i, half, bytes; cvt.u64.u32 o, i; add.u64 x, x, o; add.u64 out, out, o;
 @lead {INIT}
 {FENCE}
@@ -165,7 +169,7 @@ mul.lo.u32 i, lane, 4;
 EACH: add.u32 a, to, i; ld.shared.u32 v, [a]; add.u32 v, v, 1;
 st.shared.u32 [a], v;
 add.u32 i, i, 128; setp.lt.u32 p, i, bytes; @p bra EACH;
-{FENCE.replace("shared::cta", "shared::cta")} // before the store
+{FENCE} // before the store
 bar.warp.sync -1; @!lead bra END;
 {BULK_STORE}
 cp.async.bulk.commit_group;
@@ -197,46 +201,62 @@ def test_bulk(nbytes, seed, random_completion):
 # -------------------------------------------------------------------------------------------------------------------- reports
 
 LOAD, STORE = load_kernel(2, 2048), store_kernel(2, 2048)
-TENSOR_LOAD, TENSOR_STORE, COMMIT, WAIT = "[m, {x0, x1}], [bar];", "[m, {x0, x1}], [smem];", "cp.async.bulk.commit_group;", "cp.async.bulk.wait_group 0;"
-REFILL = "setp.eq.u32 p, tid, 0; @p bra END;\nst.shared.u32 [to], i;\n"  # by the lanes that do not lead, or after the store
+TENSOR_LOAD, TENSOR_STORE = "[m, {x0, x1}], [bar];", "[m, {x0, x1}], [smem];"
+COMMIT, WAIT = "cp.async.bulk.commit_group;", "cp.async.bulk.wait_group 0;"
 LOAD_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at least
-    ("read before the wait", (wait("bar", "0"), ""), "in-flight|race", "ld.shared.u32 v, [a]", "which the copy at k.cu:10 has not finished|without a barrier", 4),
+    ("read before the wait", (wait("bar", "0"), ""), "in-flight|race", "ld.shared.u32 v, [a]",
+     "which the copy at k.cu:10 has not finished|without a barrier", 4),
     ("no fence after init", (INIT_FENCE, ""), "proxy", TENSOR_LOAD, "initialised without fence.mbarrier_init"),
-    ("fence before init", (f"{INIT}\n{INIT_FENCE}", f"{INIT_FENCE}\n{INIT}"), "proxy", TENSOR_LOAD, "initialised without fence.mbarrier_init"),
+    ("fence before init", (f"{INIT}\n{INIT_FENCE}", f"{INIT_FENCE}\n{INIT}"), "proxy", TENSOR_LOAD,
+     "initialised without fence.mbarrier_init"),
     ("another fence", (INIT_FENCE, "fence.acq_rel.cta;"), "proxy", TENSOR_LOAD, "initialised without fence.mbarrier_init"),
-    ("too many bytes expected", ("_, [bar], 2048;", "_, [bar], 2064;"), "deadlock", "[bar], 0;", "mbarrier at shared address 2048 of block 0: phase 0 lacks 0 of 1 arrivals and 16 bytes"),
+    ("too many bytes expected", ("_, [bar], 2048;", "_, [bar], 2064;"), "deadlock", "[bar], 0;",
+     "mbarrier at shared address 2048 of block 0: phase 0 lacks 0 of 1 arrivals and 16 bytes"),
     ("too few bytes expected", ("_, [bar], 2048;", "_, [bar], 1024;"), "deadlock", "[bar], 0;", "and -1024 bytes"),
-    ("no mbarrier", (INIT, "st.shared.u64 [bar], 0;"), "mbarrier", "_, [bar], 2048;", "no initialised mbarrier at shared address 2048", 2),
+    ("no mbarrier", (INIT, "st.shared.u64 [bar], 0;"), "mbarrier", "_, [bar], 2048;",
+     "no initialised mbarrier at shared address 2048", 2),
     ("unaligned destination", ("mov.u32 to, smem;", "add.u32 to, smem, 64;"), "misaligned", TENSOR_LOAD, "not a multiple of 128"),
     ("beyond shared memory", ("mov.u32 to, smem;", "add.u32 to, smem, 256;"), "out-of-range", TENSOR_LOAD, "of 2064"),
     ("before shared memory", ("mov.u32 to, smem;", "mov.u32 to, 0;"), "out-of-range", TENSOR_LOAD, "of 2064"),
-    ("an undefined coordinate", ("{x0, x1}", "{x0, bar2}", ".reg .b32 bar, to;", ".reg .b32 bar, to, bar2;"), "uninitialised", "[m, {x0, bar2}]", "operands of a copy"),
-    ("written in flight", (TENSOR_LOAD, TENSOR_LOAD + " st.shared.u32 [to+64], bar;"), "in-flight", "[to+64], bar", "writes shared byte 64, which the copy"),
+    ("an undefined coordinate", ("{x0, x1}", "{x0, bar2}", ".reg .b32 bar, to;", ".reg .b32 bar, to, bar2;"), "uninitialised",
+     "[m, {x0, bar2}]", "operands of a copy"),
+    ("written in flight", (TENSOR_LOAD, TENSOR_LOAD + " st.shared.u32 [to+64], bar;"), "in-flight", "[to+64], bar",
+     "writes shared byte 64, which the copy"),
     ("nobody waits", (wait("bar", "0"), "ret;"), "in-flight", TENSOR_LOAD, "the block ends while this copy still writes"),
 ]
 STORE_BUGS = [
     ("no proxy fence", (FENCE, ""), "proxy", TENSOR_STORE, "ordinary store, without fence.proxy.async"),
-    ("fence of one thread only", (FENCE, f".reg .pred p; setp.eq.u32 p, tid, 0; @p {FENCE}"), "proxy", TENSOR_STORE, "ordinary store"),
+    ("fence of one thread only", (FENCE, f".reg .pred p; setp.eq.u32 p, tid, 0; @p {FENCE}"), "proxy", TENSOR_STORE,
+     "ordinary store"),
     ("fence of global memory", (FENCE, "fence.proxy.async.global;"), "uncovered", "fence.proxy.async.global;", ""),
     ("fence of an mbarrier", (FENCE, "fence.mbarrier_init.release.cluster;"), "proxy", TENSOR_STORE, "ordinary store"),
     ("no barrier", ("bar.sync 0;", ""), "race", TENSOR_STORE, "wrote without a barrier"),
     ("the block ends", (WAIT, "", COMMIT, ""), "in-flight", TENSOR_STORE, "the block ends while this copy still reads"),
-    ("reused before it is read", (WAIT, "st.shared.u32 [smem+64], tid;"), "in-flight", "[smem+64], tid", "writes shared byte 64, which the copy at k.cu:\\d+ has not finished"),
-    ("waits for groups but one", (WAIT, "cp.async.bulk.wait_group.read 1; st.shared.u32 [smem+64], tid;"), "in-flight", "[smem+64], tid", "writes shared byte 64"),
-    ("waits before the commit", (COMMIT + "\n" + WAIT, WAIT + COMMIT + "\nst.shared.u32 [smem+64], tid;"), "in-flight", "[smem+64], tid", "writes shared byte 64"),
-    ("not all was written", ("COPY: setp.ge.u32 more, i, 512;", "COPY: setp.ge.u32 more, i, 511;"), "uninitialised", TENSOR_STORE, "was never written"),
+    ("reused before it is read", (WAIT, "st.shared.u32 [smem+64], tid;"), "in-flight", "[smem+64], tid",
+     "writes shared byte 64, which the copy at k.cu:\\d+ has not finished"),
+    ("waits for groups but one", (WAIT, "cp.async.bulk.wait_group.read 1; st.shared.u32 [smem+64], tid;"), "in-flight",
+     "[smem+64], tid", "writes shared byte 64"),
+    ("waits before the commit", (COMMIT + "\n" + WAIT, WAIT + COMMIT + "\nst.shared.u32 [smem+64], tid;"), "in-flight",
+     "[smem+64], tid", "writes shared byte 64"),
+    ("not all was written", ("COPY: setp.ge.u32 more, i, 512;", "COPY: setp.ge.u32 more, i, 511;"), "uninitialised", TENSOR_STORE,
+     "was never written"),
 ]
 BULK_BUGS = [
     ("no proxy fence", (FENCE + " // before the store", ""), "proxy", BULK_STORE, "ordinary store"),
     ("read before the wait", (wait("bar", "0"), ""), "in-flight|race", "ld.shared.u32 v, [a]", "", 4),
     ("an odd size", (BULK_LOAD, "sub.u32 bytes, bytes, 8;\n@lead " + BULK_LOAD), "misaligned", BULK_LOAD, "multiples of 16"),
     ("an unaligned source", (BULK_LOAD, "add.u64 x, x, 8;\n@lead " + BULK_LOAD), "misaligned", BULK_LOAD, "multiples of 16"),
-    ("beyond the input", (BULK_LOAD, "add.u64 x, x, 512;\n@lead " + BULK_LOAD), "out-of-range", BULK_LOAD, "bytes into argument 0"),
-    ("beyond shared memory", (BULK_STORE, "add.u32 to, to, 16384;\n" + BULK_STORE), "out-of-range", BULK_STORE, "shared bytes up to"),
+    ("beyond the input", (BULK_LOAD, "add.u64 x, x, 512;\n@lead " + BULK_LOAD), "out-of-range", BULK_LOAD,
+     "bytes into argument 0"),
+    ("beyond shared memory", (BULK_STORE, "add.u32 to, to, 16384;\n" + BULK_STORE), "out-of-range", BULK_STORE,
+     "shared bytes up to"),
     ("just before shared memory", (BULK_STORE, "sub.u32 to, smem, bytes;\n" + BULK_STORE), "out-of-range", BULK_STORE, "of 1040"),
-    ("a reduction", (BULK_STORE, "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [out], [to], bytes;"), "uncovered", "cp.reduce", ""),
-    ("output read before it is there", ("cp.async.bulk.wait_group 0;", "cp.async.bulk.wait_group.read 0;\nld.global.u32 v, [out+4];"), "in-flight", "ld.global.u32 v, [out+4]", "reads byte \\d+ of argument 1"),
-    ("loaded twice", (BULK_LOAD, BULK_LOAD + " // first\n@lead " + BULK_LOAD + " // again"), "in-flight|race", "// again", "which the copy at|without a barrier", 4),
+    ("a reduction", (BULK_STORE, "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [out], [to], bytes;"), "uncovered",
+     "cp.reduce", ""),
+    ("output read too early", (WAIT, "cp.async.bulk.wait_group.read 0;\nld.global.u32 v, [out+4];"), "in-flight",
+     "ld.global.u32 v, [out+4]", "reads byte \\d+ of argument 1"),
+    ("loaded twice", (BULK_LOAD, BULK_LOAD + " // first\n@lead " + BULK_LOAD + " // again"), "in-flight|race", "// again",
+     "which the copy at|without a barrier", 4),
 ]
 
 
@@ -249,50 +269,6 @@ def cases(*tables):
 def test_misuse(kernel, run, bug):
     run(kernel)
     kernel.edit(*bug[1]).caught(run, *bug[2:])
-
-
-def test_maps_that_do_not_fit():
-    tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)
-    longer = np.lib.stride_tricks.as_strided(tensor, (48, 64), tensor.strides)
-
-    def run(made, row=0, written=(1,), device=tensor):
-        def launch(kernel, seed):
-            with (g := gpu(seed)).mapped([("tensor", device, 0 in written, True)]):
-                kernel.launch(g, block=64, args=[made, out, np.int32(row), np.int32(0)], written=written)
-        return launch
-
-    LOAD.caught(run(vgpu.TensorMap(tensor.reshape(5, 8, 64), (1, 16, 64), 128)), "descriptor", TENSOR_LOAD, "3 dimensions in a copy of 2")
-    LOAD.caught(run(vgpu.TensorMap(tensor, (32, 64), 128)), "out-of-range", TENSOR_LOAD, "writes shared bytes up to 20.. of 2064")
-    LOAD.caught(run(vgpu.TensorMap(longer, (16, 64), 128), row=30), "out-of-range", TENSOR_LOAD, "5120 bytes into tensor of 5120")
-    STORE.caught(run(vgpu.TensorMap(tensor, (16, 64), 128), written=()), "read-only", TENSOR_STORE, "which is an input")
-
-
-# The 128 bytes of a map in global memory, or anything else there; and a kernel parameter copied to local memory.
-IN_GLOBAL = Kernel(LOAD.params.replace("map m", "u64 m"), LOAD.body, LOAD.shared)
-IN_LOCAL = LOAD.edit("bar.sync 0;", """{ .reg .b64 from, to64, v; .reg .b32 n; .reg .pred more; mov.u64 to64, copied; cvta.local.u64 to64, to64; mov.b64 from, p_m; mov.u32 n, 16;
-MOVE: ld.param.u64 v, [from]; st.u64 [to64], v; add.u64 from, from, 8; add.u64 to64, to64, 8; sub.u32 n, n, 1; setp.ne.u32 more, n, 0; @more bra MOVE;
-mov.u64 m, copied; cvta.local.u64 m, m; }
-bar.sync 0;""")
-IN_LOCAL.registers = ".local .align 128 .b8 copied[128];"
-
-
-def test_where_a_map_lies():
-    tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)
-    encoded = aligned(vgpu.encode(vgpu.library().c.vgpu_encode_tiled, vgpu.TensorMap(tensor, (16, 64), 128), tensor.ctypes.data))
-
-    def run(made):
-        def launch(kernel, seed):
-            with (g := gpu(seed)).mapped([("tensor", tensor, False, True)]):
-                kernel.launch(g, block=64, args=[made, out, np.int32(3), np.int32(0)], written=(1,))
-        return launch
-
-    run(encoded)(IN_GLOBAL, 0)
-    np.testing.assert_array_equal(out, swizzle_bytes(tensor[3:19].view(np.uint8).reshape(-1), 128))
-    changed = aligned(encoded)
-    changed[20] ^= 1
-    IN_GLOBAL.caught(run(changed), "descriptor", TENSOR_LOAD, "are not a tensor map")
-    IN_GLOBAL.caught(run(aligned(np.arange(128, dtype=np.uint8))), "descriptor", TENSOR_LOAD, "are not a tensor map")
-    IN_LOCAL.caught(run(vgpu.TensorMap(tensor, (16, 64), 128)), "descriptor", TENSOR_LOAD, "must be __grid_constant__")
 
 
 # Through global memory within a kernel: what a block wrote by ordinary stores (with a proxy fence) or by a bulk store comes back.
@@ -314,7 +290,8 @@ add.u32 to, smem, 512;
 ld.shared.u32 v, [a+512]; sub.u32 v, v, 1; cvt.u64.u32 o, i; add.u64 o, x, o;
 ld.global.u32 i, [o]; setp.ne.u32 p, i, v; @p trap;
 """, shared=1024 + 16)
-BY_STORES = BACK.edit(f"@lead {BULK_STORE} @lead cp.async.bulk.commit_group;", f"{ORDINARY}\nfence.proxy.async; // of global memory", "@lead cp.async.bulk.wait_group 0;\n", "")
+BY_STORES = BACK.edit(f"@lead {BULK_STORE} @lead cp.async.bulk.commit_group;",
+                      f"{ORDINARY}\nfence.proxy.async; // of global memory", "@lead cp.async.bulk.wait_group 0;\n", "")
 
 
 def run_back(kernel, seed=0, random_completion=False):
@@ -329,109 +306,43 @@ def test_there_and_back(seed, random_completion):
     run_back(BY_STORES, seed, random_completion)
 
 
-@cases((BACK, run_back, [("store not complete", ("wait_group 0;", "wait_group.read 0;"), "in-flight", BULK_LOAD.replace("[x]", "[out]"), "reads byte 0 of argument 1")]),
-       (BY_STORES, run_back, [("no proxy fence", ("fence.proxy.async; // of global memory", ""), "proxy", BULK_LOAD.replace("[x]", "[out]"), "ordinary store")]))
-def test_there_and_back_too_soon(kernel, run, bug):
-    kernel.edit(*bug[1]).caught(run, *bug[2:])
+LOAD_BACK = BULK_LOAD.replace("[x]", "[out]")
 
 
-# ---------------------------------------------------------------------------------------------------- limits of a tensor map
-
-BF16, FLOAT32, UINT8 = 9, 7, 0
-GOOD = dict(map=0, type=BF16, rank=2, address=0, dim=(64, 40), strides=(128,), box=(64, 16), steps=(1, 1), interleave=0, swizzle=3, l2=0, fill=0)
-
-
-def encode(**changed):
-    a = GOOD | changed
-    memory, storage = aligned(np.zeros(256, np.uint8)), aligned(np.zeros(64, np.uint8))
-    array = lambda kind, values: (kind * len(values))(*values)  # noqa: E731
-    status = vgpu.library().c.vgpu_encode_tiled(
-        memory.ctypes.data + a["map"], a["type"], a["rank"], storage.ctypes.data + a["address"] if a["address"] is not None else None,
-        array(ctypes.c_uint64, a["dim"]), array(ctypes.c_uint64, a["strides"] or (0,)), array(ctypes.c_uint32, a["box"]),
-        array(ctypes.c_uint32, a["steps"]), a["interleave"], a["swizzle"], a["l2"], a["fill"])
-    assert memory.any() == (status == 0), "a refused map is not written"
-    return status == 0
+def test_there_and_back_too_soon():
+    BACK.edit("wait_group 0;", "wait_group.read 0;").caught(run_back, "in-flight", LOAD_BACK, "reads byte 0 of argument 1")
+    BY_STORES.edit("fence.proxy.async; // of global memory", "").caught(run_back, "proxy", LOAD_BACK, "ordinary store")
 
 
-def deep(rank, **more):
-    return dict(rank=rank, dim=(64,) * rank, strides=(128,) * (rank - 1), box=(8,) + (1,) * (rank - 1), steps=(1,) * rank, swizzle=0) | more
-
-
-@pytest.mark.parametrize("fits, breaks", [
-    (dict(map=64), dict(map=32)), (dict(address=16), dict(address=8)), (dict(), dict(address=None)), (deep(1), deep(0)), (deep(5), deep(6)),
-    (dict(dim=(1 << 32, 40)), dict(dim=((1 << 32) + 1, 40))), (dict(dim=(1, 1)), dict(dim=(64, 0))), (dict(strides=(144,)), dict(strides=(136,))),
-    (dict(strides=((1 << 40) - 16,)), dict(strides=(1 << 40,))), (dict(box=(64, 256)), dict(box=(64, 257))), (dict(box=(64, 1)), dict(box=(64, 0))),
-    (dict(box=(8, 16), swizzle=0), dict(box=(4, 16), swizzle=0)), (dict(box=(12, 16), type=FLOAT32, swizzle=0), dict(box=(10, 16), type=FLOAT32, swizzle=0)),
-    (dict(box=(16, 16), swizzle=1), dict(box=(32, 16), swizzle=1)), (dict(box=(32, 16), swizzle=2), dict(box=(64, 16), swizzle=2)),
-    (dict(box=(64, 16), swizzle=3), dict(box=(128, 16), swizzle=3)), (dict(box=(128, 16), swizzle=0), dict(swizzle=4)), (dict(), dict(swizzle=-1)),
-    (dict(type=UINT8), dict(type=-1)), (dict(type=12, box=(32, 16)), dict(type=16)), (dict(), dict(steps=(1, 9))), (dict(), dict(interleave=3)), (dict(), dict(fill=2))])
-def test_limits_of_a_tensor_map(fits, breaks):
-    assert encode(**fits) and not encode(**breaks)
-
-
-def test_what_a_tensor_map_does_not_cover():
-    """Legal, and refused all the same rather than wrong."""
-    assert not encode(fill=1) and not encode(steps=(1, 2)) and not encode(interleave=1, **deep(3)) and not encode(swizzle=4)
-
-
-# ------------------------------------------------------------------------------------------------------------------- multicast
-# Block r of a cluster loads slice r for the blocks of masks[r]; every block expects its slices and writes them out.
-
-MULTICAST = Kernel("map m, u64 masks, u64 out, u32 rows", f"""
-.reg .b32 bar, to, slice, i, a, v, mask, bytes, own, row, count; .reg .b64 o, at; .reg .pred p, more;
-add.u32 bar, smem, 4096; mov.u32 count, %cluster_nctarank; mul.lo.u32 slice, rows, 128;
-{only("tid eq 0", f"{INIT}{chr(10)}{INIT_FENCE}")}
-barrier.cluster.arrive.aligned;
-barrier.cluster.wait.aligned;
-mov.u32 bytes, 0; mov.u32 i, 0; mov.b64 at, masks;
-EXPECT: ld.global.u32 v, [at]; setp.eq.u32 p, i, rank; @p mov.u32 mask, v; shr.u32 v, v, rank; and.b32 v, v, 1; mad.lo.u32 bytes, v, slice, bytes;
-add.u32 i, i, 1; add.u64 at, at, 4; setp.lt.u32 p, i, count; @p bra EXPECT;
-setp.eq.u32 p, bytes, 0; @p bra ISSUE;
-{only("tid eq 0", "mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], bytes;")}
-ISSUE: bar.sync 0;
-setp.ne.u32 p, tid, 0; @p bra RECEIVE; setp.eq.u32 p, mask, 0; @p bra RECEIVE;
-mul.lo.u32 row, rank, rows; mad.lo.u32 to, rank, slice, smem; cvt.u16.u32 %m, mask;
-cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [to], [m, {{0, row}}], [bar], %m;
-RECEIVE: setp.eq.u32 p, bytes, 0; @p bra END;
+# Thread 32 overwrites the source of a load that thread 0 has waited for.
+SOURCE = Kernel("u64 x, u64 out", f"""
+.reg .b32 bar, v, flag; .reg .b64 o; .reg .pred p, lead, other;
+add.u32 bar, smem, 256; add.u32 flag, smem, 264; setp.eq.u32 lead, tid, 0; setp.eq.u32 other, tid, 32;
+@lead {INIT}
+@lead {INIT_FENCE}
+@lead st.shared.u32 [flag], 0;
+bar.sync 0;
+@!lead bra OTHER;
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [x], 256, [bar];
 {wait("bar", "0")}
-mov.u32 i, tid;
-WORD: mul.lo.u32 a, i, 4; div.u32 row, a, slice; mul.wide.u32 o, row, 4; add.u64 at, masks, o; ld.global.u32 v, [at];
-shr.u32 v, v, rank; and.b32 v, v, 1; setp.eq.u32 p, v, 0; @p bra NEXT;
-add.u32 a, a, smem;
-ld.shared.u32 v, [a];
-mad.lo.u32 a, rank, 1024, i; mul.wide.u32 o, a, 4; add.u64 at, out, o; st.global.u32 [at], v;
-NEXT: add.u32 i, i, 64; setp.lt.u32 more, i, 1024; @more bra WORD;
+st.release.cta.shared.u32 [flag], 1;
+ld.shared.u32 v, [smem+132]; st.global.u32 [out], v;
+OTHER: @!other bra END;
+SPIN: ld.acquire.cta.shared.u32 v, [flag]; setp.eq.u32 p, v, 0; @p bra SPIN;
+st.global.u32 [x+132], 99;
 END:
-""", shared=4096 + 16, registers=".reg .b16 %m;")
+""", shared=272)
 
 
-def run_multicast(kernel, seed=0, random_completion=False, masks=(3, 3), **more):
-    size, tensor = len(masks), make_tensor((32, 64), np.uint16)
-    out, masks = np.zeros((size, 4096), np.uint8), np.array(masks, np.uint32)
-    kernel.launch(gpu(seed, random_completion), grid=size, block=64, cluster=(size,), written={2},
-                  args=[vgpu.TensorMap(tensor, (32 // size, 64), 128), masks, out, np.uint32(32 // size)], **more)
-    slices = swizzle_bytes(tensor.view(np.uint8).reshape(-1), 128).reshape(size, -1)
-    wanted = [[slices[r] * (masks[r] >> t & 1) for r in range(size)] for t in range(size)]
-    np.testing.assert_array_equal(out, np.reshape(wanted, (size, 4096)))
+def run_source(kernel, seed=0, random_completion=False):
+    x, out = aligned(np.arange(64, dtype=np.uint32)), np.zeros(1, np.uint32)
+    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out])
+    assert out[0] == 33 and x[33] == 99
 
 
-@MODES
-@pytest.mark.parametrize("arrive", ["arrive", "arrive.release", "arrive.relaxed"])
-@pytest.mark.parametrize("masks", [(3, 3), (2, 0), (2, 1), (15, 15, 15, 15), (0b1010, 0, 0, 0), (0b0110, 0b0001, 0b1000, 0b1110)])
-def test_multicast(masks, arrive, seed, random_completion):
-    run_multicast(MULTICAST.edit("cluster.arrive.aligned", f"cluster.{arrive}.aligned"), seed, random_completion, masks)
-
-
-ARRIVE_WAIT = "barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;"
-MULTICAST_BUGS = [
-    ("a block that is not there", ("cvt.u16.u32 %m, mask;", "cvt.u16.u32 %m, mask; or.b16 %m, %m, 16;"), "out-of-range", "multicast::cluster", "not in the cluster"),
-    ("no cluster barrier", (ARRIVE_WAIT, "bar.sync 0;"), "race|mbarrier", "multicast::cluster", ""),
-    ("no fence after init", (INIT_FENCE, ""), "proxy", "multicast::cluster", "without fence.mbarrier_init"),
-    ("a relaxed arrival needs that fence", (INIT_FENCE, FENCE, "arrive.aligned", "arrive.relaxed.aligned"), "race", "multicast::cluster", "initialised, without a barrier"),
-    ("read before the wait", (wait("bar", "0"), ""), "in-flight|race", "ld.shared.u32 v", "", 4),
-]
-
-
-@cases((MULTICAST, run_multicast, MULTICAST_BUGS))
-def test_misuse_of_multicast(kernel, run, bug):
-    kernel.edit(*bug[1]).caught(run, *bug[2:])
+def test_source_overwritten():
+    run_source(SOURCE)
+    for old in "st.release", "ld.acquire":
+        SOURCE.edit(old, old[:3] + "relaxed").caught(run_source, "race", "st.global.u32 [x+132]",
+                                                     "an asynchronous copy .*read without a barrier")

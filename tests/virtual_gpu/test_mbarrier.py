@@ -1,4 +1,4 @@
-"""mbarrier of the virtual GPU (PTX ISA 9.7.13.15): phases, counts, transactions, what they order, and what is reported of their misuse."""
+"""mbarrier of the virtual GPU (PTX ISA 9.7.13.15): phases, counts, transactions, what they order, and reports of misuse."""
 import numpy as np
 import pytest
 
@@ -23,7 +23,8 @@ STAGES = 3
 ARRIVE = {
     "every thread": (64, "mbarrier.arrive.shared::cta.b64 _, [{}];"),
     "with its state": (64, "mbarrier.arrive.release.cta.shared::cta.b64 state, [{}];"),
-    "one of two, count 2": (64, "bar.warp.sync -1; and.b32 r, tid, 1; setp.eq.u32 p, r, 0; @p mbarrier.arrive.shared::cta.b64 _, [{}], 2;"),
+    "one of two, count 2": (64, "bar.warp.sync -1; and.b32 r, tid, 1; setp.eq.u32 p, r, 0;\n"
+                                "@p mbarrier.arrive.shared::cta.b64 _, [{}], 2;"),
     "a warp, count 32": (64, "bar.warp.sync -1; setp.eq.u32 p, lane, 0; @p mbarrier.arrive.shared::cta.b64 state, [{}], 32;"),
     "a warp, once": (2, "bar.warp.sync -1; setp.eq.u32 p, lane, 0; @p mbarrier.arrive.release.cluster.shared::cta.b64 _, [{}];"),
 }
@@ -31,11 +32,11 @@ ARRIVE = {
 
 def ring(arrive, how):
     count, arrive = ARRIVE[arrive]
+    init = "\n".join(f"mbarrier.init.shared::cta.b64 [smem+{at + 8 * s}], {count};" for s in range(STAGES) for at in (0, 64))
     return Kernel("u64 x, u64 out, u32 rounds", f"""
 .reg .b32 stage, phase, other, round, full, empty, at, v, sum, r, spin; .reg .b64 from, offset, state; .reg .pred p, producer;
 mov.u32 stage, 0; mov.u32 phase, 0; mov.u32 round, 0; mov.u32 sum, 0;
-{only("tid eq 0", chr(10).join(f"mbarrier.init.shared::cta.b64 [smem+{8 * s}], {count}; mbarrier.init.shared::cta.b64 [smem+{64 + 8 * s}], {count};"
-                               for s in range(STAGES)))}
+{only("tid eq 0", init)}
 bar.sync 0;
 setp.lt.u32 producer, tid, 64;
 LOOP:
@@ -79,25 +80,37 @@ WAIT_FULL, WAIT_EMPTY, ARRIVE_FULL = wait("full", "phase"), wait("empty", "other
 RING_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at least
     ("no wait for data", (WAIT_FULL, ""), "race", "ld.shared.u32 v", "thread .*wrote", 2),
     ("no wait for space", (WAIT_EMPTY, ""), "race", "st.shared.u32 [at+128]", "read", 2),
-    ("consumer's parity stays", ("@p xor.b32 phase, phase, 1;", "selp.u32 r, 1, 0, producer; @p xor.b32 phase, phase, r;"), "race", "ld.shared.u32 v", "", 1),
+    ("consumer's parity stays", ("@p xor.b32 phase, phase, 1;", "selp.u32 r, 1, 0, producer; @p xor.b32 phase, phase, r;"),
+     "race", "ld.shared.u32 v", "", 1),
     ("producer's parity not inverted", (WAIT_EMPTY, wait("empty", "phase")), "deadlock", "[empty], phase", "polls near k.cu"),
     ("relaxed arrival", (ARRIVE_FULL, "mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [full];"), "race", "ld.shared.u32 v", ""),
     ("relaxed wait", (WAIT_FULL, wait("full", "phase", "try_wait.parity.relaxed.cta")), "race", "ld.shared.u32 v", ""),
-    ("more than pending", (ARRIVE_FULL, "mbarrier.arrive.shared::cta.b64 _, [full], 3;"), "mbarrier", "_, [full], 3;", "of 3 is more than the 1 of 64"),
-    ("too few arrivals", (ARRIVE_FULL, "@p mbarrier.arrive.shared::cta.b64 _, [full];", "st.shared.u32 [at+128], v;", "st.shared.u32 [at+128], v; setp.ne.u32 p, tid, 9;"),
+    ("more than pending", (ARRIVE_FULL, "mbarrier.arrive.shared::cta.b64 _, [full], 3;"), "mbarrier", "_, [full], 3;",
+     "of 3 is more than the 1 of 64"),
+    ("too few arrivals", (ARRIVE_FULL, "@p mbarrier.arrive.shared::cta.b64 _, [full];", "st.shared.u32 [at+128], v;",
+                          "st.shared.u32 [at+128], v; setp.ne.u32 p, tid, 9;"),
      "deadlock", "[empty], other", "mbarrier at shared address 0 of block 0: phase 0 lacks 1 of 64 arrivals"),
-    ("no barrier after init", ("bar.sync 0;", ""), "race|mbarrier", "[empty], other", "without a barrier between them|no initialised mbarrier", 1),
-    ("never initialised", ("mbarrier.init.shared::cta.b64 [smem+64], 64;", ""), "mbarrier", "[empty], other", "no initialised mbarrier at shared address 64"),
-    ("initialised twice", ("[smem+64], 64;", "[smem+64], 64; mbarrier.init.shared::cta.b64 [smem+64], 64;"), "mbarrier", "[smem+64], 64", "inval comes before"),
+    ("no barrier after init", ("bar.sync 0;", ""), "race|mbarrier", "[empty], other",
+     "without a barrier between them|no initialised mbarrier", 1),
+    ("never initialised", ("mbarrier.init.shared::cta.b64 [smem+64], 64;", ""), "mbarrier", "[empty], other",
+     "no initialised mbarrier at shared address 64"),
+    ("initialised twice", ("[smem+64], 64;", "[smem+64], 64; mbarrier.init.shared::cta.b64 [smem+64], 64;"), "mbarrier",
+     "[smem+64], 64", "inval comes before"),
     ("count 0", ("[smem+64], 64;", "[smem+64], round;"), "mbarrier", "[smem+64], round", "count from 1 to 2.20 - 1, got 0"),
     ("count 2^20", ("[smem+64], 64;", "[smem+64], 1048576;"), "mbarrier", "[smem+64], 1048576", "count from 1"),
     ("unaligned", ("[smem+64], 64;", "[smem+68], 64;"), "misaligned", "[smem+68], 64", "multiple of 8"),
-    ("overwritten", ("bra NEXT;", "setp.eq.u32 p, tid, 0; @p st.shared.u32 [smem+64], 0;\nbra NEXT;"), "mbarrier", "[empty], other", "overwritten by .*thread 0"),
-    ("overwritten above", ("bra NEXT;", "setp.eq.u32 p, tid, 0; @p st.shared.u32 [smem+68], 0;\nbra NEXT;"), "mbarrier", "[empty], other", "overwritten by .*thread 0"),
-    ("an undefined address", (ARRIVE_FULL, "mbarrier.arrive.shared::cta.b64 _, [spin];"), "uninitialised", "_, [spin];", "address of an mbarrier"),
-    ("an undefined count", (ARRIVE_FULL, "mbarrier.arrive.shared::cta.b64 _, [full], spin;"), "uninitialised", "_, [full], spin;", "count of an mbarrier"),
-    ("an arrival of 0", (ARRIVE_FULL, "mov.u32 r, 0; mbarrier.arrive.shared::cta.b64 _, [full], r;"), "mbarrier", "_, [full], r;", "count from 1"),
-    ("invalidated", ("@producer ret;", "mbarrier.inval.shared::cta.b64 [smem];\n@producer ret;"), "mbarrier|race", "mbarrier.inval", "no mbarrier to invalidate|without a barrier"),
+    ("overwritten", ("bra NEXT;", "setp.eq.u32 p, tid, 0; @p st.shared.u32 [smem+64], 0;\nbra NEXT;"), "mbarrier",
+     "[empty], other", "overwritten by .*thread 0"),
+    ("overwritten above", ("bra NEXT;", "setp.eq.u32 p, tid, 0; @p st.shared.u32 [smem+68], 0;\nbra NEXT;"), "mbarrier",
+     "[empty], other", "overwritten by .*thread 0"),
+    ("an undefined address", (ARRIVE_FULL, "mbarrier.arrive.shared::cta.b64 _, [spin];"), "uninitialised", "_, [spin];",
+     "address of an mbarrier"),
+    ("an undefined count", (ARRIVE_FULL, "mbarrier.arrive.shared::cta.b64 _, [full], spin;"), "uninitialised", "_, [full], spin;",
+     "count of an mbarrier"),
+    ("an arrival of 0", (ARRIVE_FULL, "mov.u32 r, 0; mbarrier.arrive.shared::cta.b64 _, [full], r;"), "mbarrier", "_, [full], r;",
+     "count from 1"),
+    ("invalidated", ("@producer ret;", "mbarrier.inval.shared::cta.b64 [smem];\n@producer ret;"), "mbarrier|race",
+     "mbarrier.inval", "no mbarrier to invalidate|without a barrier"),
 ]
 
 
@@ -147,8 +160,9 @@ def test_state_of_an_older_phase_passes_at_once():
 
 # Thread 0 expects bytes, threads 32 and 64 complete them; data goes by the arrivals of those two.
 COMPLETE_40 = "mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [smem], 40;"
-FIRST = only("tid eq 32", f"mbarrier.arrive.shared::cta.b64 _, [smem];\n{COMPLETE_40}")
-SECOND = only("tid eq 64", "mbarrier.complete_tx.shared::cta.b64 [smem], 24;\nmbarrier.arrive.shared::cta.b64 _, [smem];")
+ONE = "mbarrier.arrive.shared::cta.b64 _, [smem];"
+FIRST = only("tid eq 32", f"{ONE}\n{COMPLETE_40}")
+SECOND = only("tid eq 64", f"mbarrier.complete_tx.shared::cta.b64 [smem], 24;\n{ONE}")
 WRITE = "st.shared.u32 [at+16], v;"
 BYTES = Kernel("u64 out", f"""
 .reg .b32 v, at; .reg .b64 offset, to; .reg .pred p;
@@ -180,12 +194,15 @@ def test_transactions(seed, random_completion):
 
 
 BYTES_BUGS = [
-    ("too many expected", ("_, [smem], 16;", "_, [smem], 32;"), "deadlock", "[smem], 0;", "shared address 0 of block 0: phase 0 lacks 0 of 3 arrivals and 16 bytes"),
+    ("too many expected", ("_, [smem], 16;", "_, [smem], 32;"), "deadlock", "[smem], 0;",
+     "shared address 0 of block 0: phase 0 lacks 0 of 3 arrivals and 16 bytes"),
     ("too few completed", (COMPLETE_40, ""), "deadlock", "[smem], 0;", "phase 0 lacks 0 of 3 arrivals and 40 bytes"),
-    ("more than expected", (COMPLETE_40, COMPLETE_40 + COMPLETE_40), "deadlock", "[smem], 0;", "lacks 0 of 3 arrivals and -40 bytes", 2),
-    ("completion orders nothing", (WRITE, f"setp.ne.u32 p, warp, 1; @p {WRITE}", COMPLETE_40, f"{WRITE} {COMPLETE_40}"), "race", "ld.shared.u32 at", "thread 32 "),
-    ("nobody waits", (wait("smem", "0"), "bra END;", "[smem], 3;", "[smem], 1;", FIRST, FIRST.replace("mbarrier.arrive.shared::cta.b64 _, [smem];", ""),
-                      SECOND, SECOND.replace("mbarrier.arrive.shared::cta.b64 _, [smem];", "")), "mbarrier", "arrive.expect_tx", "nobody waited for the transactions", 2),
+    ("more than expected", (COMPLETE_40, COMPLETE_40 + COMPLETE_40), "deadlock", "[smem], 0;",
+     "lacks 0 of 3 arrivals and -40 bytes", 2),
+    ("completion orders nothing", (WRITE, f"setp.ne.u32 p, warp, 1; @p {WRITE}", COMPLETE_40, f"{WRITE} {COMPLETE_40}"), "race",
+     "ld.shared.u32 at", "thread 32 "),
+    ("nobody waits", (wait("smem", "0"), "bra END;", "[smem], 3;", "[smem], 1;", FIRST, FIRST.replace(ONE, ""),
+                      SECOND, SECOND.replace(ONE, "")), "mbarrier", "arrive.expect_tx", "nobody waited for the transactions", 2),
     ("out of range", ("[smem], 48;", "[smem], 2097152;"), "mbarrier", "[smem], 2097152;", "leaves its range"),
     ("an undefined number", ("[smem], 48;", "[smem], v;"), "uninitialised", "[smem], v;", "count of an mbarrier"),
 ]
@@ -204,7 +221,10 @@ bar.sync 0;
 mbarrier.arrive.shared::cta.b64 _, [smem];
 {wait("smem", "0")}
 bar.sync 0;
-{only("tid eq 0", "mbarrier.inval.shared::cta.b64 [smem]; st.shared.u32 [smem], 7; ld.shared.u32 v, [smem]; mbarrier.init.shared::cta.b64 [smem], 2;")}
+setp.eq.u32 p, tid, 0;
+@p mbarrier.inval.shared::cta.b64 [smem];
+@p st.shared.u32 [smem], 7; @p ld.shared.u32 v, [smem];
+@p mbarrier.init.shared::cta.b64 [smem], 2;
 bar.sync 0;
 {only("lane eq 0", "mbarrier.arrive.release.cta.shared::cta.b64 _, [smem];")}
 {wait("smem", "0", "test_wait.parity")}
@@ -221,10 +241,10 @@ def run_reuse(kernel, seed=0, random_completion=False):
 def test_reuse_after_inval():
     for seed in range(4):
         run_reuse(REUSE, seed)
-    inval = "mbarrier.inval.shared::cta.b64 [smem];"
-    REUSE.edit(inval, "").caught(run_reuse, "mbarrier", "mbarrier.init.shared::cta.b64 [smem], 2", "inval comes before")
-    REUSE.edit("mbarrier.init.shared::cta.b64 [smem], 2;", "").caught(run_reuse, "mbarrier", "arrive.release", "no initialised mbarrier")
-    REUSE.edit(inval, inval + inval).caught(run_reuse, "mbarrier", inval + inval, "no mbarrier to invalidate")
+    inval, again = "@p mbarrier.inval.shared::cta.b64 [smem];", "@p mbarrier.init.shared::cta.b64 [smem], 2;"
+    REUSE.edit(inval, "").caught(run_reuse, "mbarrier", again, "inval comes before")
+    REUSE.edit(again, "").caught(run_reuse, "mbarrier", "arrive.release", "no initialised mbarrier", 2)
+    REUSE.edit(inval, inval + inval).caught(run_reuse, "mbarrier", inval, "no mbarrier to invalidate")
     REUSE.edit("[smem], 2;", "[smem], 3;").caught(run_reuse, "deadlock", "test_wait.parity", "phase 0 lacks 1 of 3 arrivals")
 
 
@@ -260,7 +280,8 @@ mul.wide.u32 offset, tid, 4; add.u64 from, out, offset; st.global.u32 [from+-256
 END:
 """, shared=16 + 1024)
 WITH_INC = COPIES.edit(NOINC, f"{INC} mbarrier.arrive.shared::cta.b64 _, [full];")
-GENERIC = COPIES.edit(NOINC, "{ .reg .b64 full64; cvt.u64.u32 full64, full; cvta.shared.u64 full64, full64; cp.async.mbarrier.arrive.noinc.b64 [full64]; }")
+GENERIC = COPIES.edit(
+    NOINC, "cvt.u64.u32 offset, full; cvta.shared.u64 offset, offset; cp.async.mbarrier.arrive.noinc.b64 [offset];")
 
 
 def run_copies(kernel, seed=0, random_completion=False):
@@ -278,7 +299,9 @@ def test_copies_arrive(kernel, seed, random_completion):
 
 
 def test_copies_and_misuse():
-    COPIES.edit(wait("full", "parity"), "").caught(run_copies, "in-flight|race", "{v, w}, [at+16]", "the copy|without a barrier", 2)
+    early = COPIES.edit(wait("full", "parity"), "")
+    early.caught(run_copies, "in-flight|race", "{v, w}, [at+16]", "the copy|without a barrier", 2)
     # The pending count goes up by one, and the arrival of the copies takes it back: the phase never ends.
     COPIES.edit(NOINC, INC).caught(run_copies, "deadlock", wait("empty", "parity"), "phase 0 lacks 64 of 64 arrivals")
-    COPIES.edit(NOINC, "mbarrier.arrive.shared::cta.b64 _, [full];").caught(run_copies, "in-flight", "{v, w}, [at+16]", "the copy at k.cu")
+    ordinary = COPIES.edit(NOINC, "mbarrier.arrive.shared::cta.b64 _, [full];")
+    ordinary.caught(run_copies, "in-flight", "{v, w}, [at+16]", "the copy at k.cu")

@@ -1,0 +1,109 @@
+"""Tensor maps of the virtual GPU: the limits of cuTensorMapEncodeTiled (CUDA driver API 6.30), where a map may lie, and copies that
+a map does not fit."""
+import ctypes
+
+import numpy as np
+import pytest
+
+import vgpu
+from ptx_kernel import Kernel
+from test_bulk_copy import LOAD, STORE, TENSOR_LOAD, TENSOR_STORE, aligned, gpu, make_tensor, swizzle_bytes
+
+if vgpu.missing():
+    pytest.skip(vgpu.missing(), allow_module_level=True)
+
+
+def test_maps_that_do_not_fit():
+    tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)
+    longer = np.lib.stride_tricks.as_strided(tensor, (48, 64), tensor.strides)
+
+    def run(made, row=0, written=(1,), device=tensor):
+        def launch(kernel, seed):
+            with (g := gpu(seed)).mapped([("tensor", device, 0 in written, True)]):
+                kernel.launch(g, block=64, args=[made, out, np.int32(row), np.int32(0)], written=written)
+        return launch
+
+    LOAD.caught(run(vgpu.TensorMap(tensor.reshape(5, 8, 64), (1, 16, 64), 128)), "descriptor", TENSOR_LOAD,
+                "3 dimensions in a copy of 2")
+    LOAD.caught(run(vgpu.TensorMap(tensor, (32, 64), 128)), "out-of-range", TENSOR_LOAD, "writes shared bytes up to 20.. of 2064")
+    LOAD.caught(run(vgpu.TensorMap(longer, (16, 64), 128), row=30), "out-of-range", TENSOR_LOAD, "5120 bytes into tensor of 5120")
+    STORE.caught(run(vgpu.TensorMap(tensor, (16, 64), 128), written=()), "read-only", TENSOR_STORE, "which is an input")
+
+
+# The 128 bytes of a map in global memory, or anything else there; and a kernel parameter copied to local memory.
+IN_GLOBAL = Kernel(LOAD.params.replace("map m", "u64 m"), LOAD.body, LOAD.shared)
+IN_LOCAL = LOAD.edit("bar.sync 0;", """{ .reg .b64 from, to64, v; .reg .b32 n; .reg .pred more; mov.b64 from, p_m; mov.u32 n, 16;
+mov.u64 to64, copied; cvta.local.u64 to64, to64;
+MOVE: ld.param.u64 v, [from]; st.u64 [to64], v; add.u64 from, from, 8; add.u64 to64, to64, 8; sub.u32 n, n, 1;
+setp.ne.u32 more, n, 0; @more bra MOVE;
+mov.u64 m, copied; cvta.local.u64 m, m; }
+bar.sync 0;""")
+IN_LOCAL.registers = ".local .align 128 .b8 copied[128];"
+
+
+def test_where_a_map_lies():
+    tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)
+    encoded = aligned(vgpu.encode(vgpu.library().c.vgpu_encode_tiled, vgpu.TensorMap(tensor, (16, 64), 128), tensor.ctypes.data))
+
+    def run(made):
+        def launch(kernel, seed):
+            with (g := gpu(seed)).mapped([("tensor", tensor, False, True)]):
+                kernel.launch(g, block=64, args=[made, out, np.int32(3), np.int32(0)], written=(1,))
+        return launch
+
+    run(encoded)(IN_GLOBAL, 0)
+    np.testing.assert_array_equal(out, swizzle_bytes(tensor[3:19].view(np.uint8).reshape(-1), 128))
+    changed = aligned(encoded)
+    changed[20] ^= 1
+    IN_GLOBAL.caught(run(changed), "descriptor", TENSOR_LOAD, "are not a tensor map")
+    IN_GLOBAL.caught(run(aligned(np.arange(128, dtype=np.uint8))), "descriptor", TENSOR_LOAD, "are not a tensor map")
+    IN_LOCAL.caught(run(vgpu.TensorMap(tensor, (16, 64), 128)), "descriptor", TENSOR_LOAD, "must be __grid_constant__")
+
+
+# ---------------------------------------------------------------------------------------------------- limits of a tensor map
+
+BF16, FLOAT32, UINT8 = 9, 7, 0
+GOOD = dict(map=0, type=BF16, rank=2, address=0, dim=(64, 40), strides=(128,), box=(64, 16), steps=(1, 1), interleave=0,
+            swizzle=3, l2=0, fill=0)
+
+
+def encode(**changed):
+    a = GOOD | changed
+    memory, storage = aligned(np.zeros(256, np.uint8)), aligned(np.zeros(64, np.uint8))
+    array = lambda kind, values: (kind * len(values))(*values)  # noqa: E731
+    address = None if a["address"] is None else storage.ctypes.data + a["address"]
+    status = vgpu.library().c.vgpu_encode_tiled(
+        memory.ctypes.data + a["map"], a["type"], a["rank"], address,
+        array(ctypes.c_uint64, a["dim"]), array(ctypes.c_uint64, a["strides"] or (0,)), array(ctypes.c_uint32, a["box"]),
+        array(ctypes.c_uint32, a["steps"]), a["interleave"], a["swizzle"], a["l2"], a["fill"])
+    assert memory.any() == (status == 0), "a refused map is not written"
+    return status == 0
+
+
+def deep(rank, **more):
+    return dict(rank=rank, dim=(64,) * rank, strides=(128,) * (rank - 1), box=(8,) + (1,) * (rank - 1), steps=(1,) * rank,
+                swizzle=0) | more
+
+
+LIMITS = [  # fits, does not
+    (dict(map=64), dict(map=32)), (dict(address=16), dict(address=8)), (dict(), dict(address=None)),
+    (deep(1), deep(0)), (deep(5), deep(6)),
+    (dict(dim=(1 << 32, 40)), dict(dim=((1 << 32) + 1, 40))), (dict(dim=(1, 1)), dict(dim=(64, 0))),
+    (dict(strides=(144,)), dict(strides=(136,))), (dict(strides=((1 << 40) - 16,)), dict(strides=(1 << 40,))),
+    (dict(box=(64, 256)), dict(box=(64, 257))), (dict(box=(64, 1)), dict(box=(64, 0))),
+    (dict(box=(8, 16), swizzle=0), dict(box=(4, 16), swizzle=0)),
+    (dict(box=(12, 16), type=FLOAT32, swizzle=0), dict(box=(10, 16), type=FLOAT32, swizzle=0)),
+    (dict(box=(16, 16), swizzle=1), dict(box=(32, 16), swizzle=1)), (dict(box=(32, 16), swizzle=2), dict(box=(64, 16), swizzle=2)),
+    (dict(box=(64, 16), swizzle=3), dict(box=(128, 16), swizzle=3)), (dict(box=(128, 16), swizzle=0), dict(swizzle=7)),
+    (dict(), dict(swizzle=-1)), (dict(type=UINT8), dict(type=-1)), (dict(type=12, box=(32, 16)), dict(type=16)),
+    (dict(), dict(steps=(1, 9))), (dict(), dict(interleave=3)), (dict(), dict(fill=2))]
+
+
+@pytest.mark.parametrize("fits, breaks", LIMITS)
+def test_limits_of_a_tensor_map(fits, breaks):
+    assert encode(**fits) and not encode(**breaks)
+
+
+def test_what_a_tensor_map_does_not_cover():
+    """Legal, and refused all the same rather than wrong."""
+    assert not encode(fill=1) and not encode(steps=(1, 2)) and not encode(interleave=1, **deep(3)) and not encode(swizzle=4)
