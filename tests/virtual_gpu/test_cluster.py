@@ -292,3 +292,35 @@ def test_setmaxnreg(which):
 
 def test_griddepcontrol():
     run_words(Kernel("u64 out", f"griddepcontrol.wait;\ngriddepcontrol.launch_dependents;\n{OWN_WORD}"))
+
+
+# A word in block 0's memory says that the others have stored there: released by one path to it, acquired by another.
+FLAG = Kernel("u64 out", f"""
+.reg .b32 v, flag, to, count, r; .reg .b64 o; .reg .pred p, first;
+mov.u32 count, %cluster_nctarank; setp.eq.u32 first, tid, 0; sub.u32 count, count, 1;
+@first st.shared.u32 [smem+4], 0;
+{BARRIER}
+mapa.shared::cluster.u32 flag, smem, 0; mad.lo.u32 to, rank, 4, flag;
+setp.eq.u32 p, rank, 0; @p bra OWNER;
+@first st.shared::cluster.u32 [to+64], rank;
+@first red.release.cluster.shared::cluster.add.u32 [flag+4], 1;
+bra END;
+OWNER: @!first bra END;
+SPIN: ld.acquire.cluster.shared::cta.u32 v, [smem+4]; setp.lt.u32 p, v, count; @p bra SPIN;
+ld.shared.u32 v, [smem+68]; ld.shared.u32 r, [smem+72]; mad.lo.u32 v, v, 10, r; st.global.u32 [out], v;
+END:
+{LAST}
+""", shared=128)
+
+
+def run_flag(kernel, seed=0):
+    out = np.zeros(1, np.uint32)
+    kernel.launch(gpu(seed), grid=4, block=32, cluster=(4,), args=[out])
+    assert out[0] == 12
+
+
+def test_flag_in_another_block():
+    for seed in range(3):
+        run_flag(FLAG, seed)
+    FLAG.edit("red.release", "red.relaxed").caught(run_flag, "race", "[smem+68]", "wrote without a barrier")
+    FLAG.edit("ld.acquire.cluster", "ld.relaxed.cluster").caught(run_flag, "race", "[smem+68]", "wrote without a barrier")
