@@ -180,6 +180,8 @@ SIGNALS_BUGS = [
     ("no first barrier", (f"\n{BARRIER}\nROUND", "\nbar.sync 0;\nROUND"), "race", "[to+16], v;", "may not have begun"),
     ("arrival at what is no mbarrier", (REMOTE_ARRIVE, REMOTE_ARRIVE.replace("[full]", "[full+16]")), "mbarrier", "[full+16]",
      "no initialised mbarrier at shared address 16"),
+    ("in the own window", (REMOTE_ARRIVE, "mbarrier.arrive.release.cluster.shared::cta.b64 _, [full];"), "out-of-range",
+     "cluster.shared::cta.b64 _, [full]", "of another block by its address in shared::cta"),
     ("relaxed arrival", (REMOTE_ARRIVE, REMOTE_ARRIVE.replace("release", "relaxed")), "race", "ld.shared.u32 v, [to+16]",
      "wrote without a barrier"),
     ("only one lane's stores", ("bar.warp.sync -1;\nsetp.eq.u32 p, tid, 0;", "setp.eq.u32 p, tid, 0;"), "race",

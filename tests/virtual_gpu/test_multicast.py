@@ -62,6 +62,9 @@ MULTICAST_BUGS = [
     ("a block that is not there", ("cvt.u16.u32 %m, mask;", "cvt.u16.u32 %m, mask; or.b16 %m, %m, 16;"), "out-of-range",
      "multicast::cluster", "not in the cluster"),
     ("no cluster barrier", (ARRIVE_WAIT, "bar.sync 0;"), "race|mbarrier", "multicast::cluster", ""),
+    ("stored from another block", ("RECEIVE: setp", "mapa.shared::cluster.u32 to, smem, 0;\n"
+                                   "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [m, {0, row}], [to];\nRECEIVE: setp"),
+     "out-of-range", "bulk_group", "from the shared memory of another block"),
     ("no fence after init", (INIT_FENCE, ""), "proxy", "multicast::cluster", "without fence.mbarrier_init"),
     ("a relaxed arrival needs that fence", (INIT_FENCE, FENCE, "arrive.aligned", "arrive.relaxed.aligned"), "race",
      "multicast::cluster", "initialised, without a barrier"),

@@ -269,6 +269,8 @@ Flow mbarrier_signal(Warp &w, Fragment &f, const Inst &in) {
     const Actor who = actor(w, l, in);
     b->last = &in;
     if (cta != w.cta) b->remote = &in;
+    if (cta != w.cta && (in.statement->has("shared::cta") || in.statement->has("shared")))
+      w.launch().report("out-of-range", &w, l, &in, "an mbarrier of another block by its address in shared::cta");
     if (in.a == 1 || in.a == 2) mbarrier_transactions(*cta, *b, value, who);
     if (in.a == 3) mbarrier_transactions(*cta, *b, -(int64_t)value, who);
     if (in.a <= 1) {

@@ -221,6 +221,7 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
     }
     Mask targets = place.target;
     if (in.b) {
+      if (place.target != 1u << w.cta->rank) launch.report("out-of-range", &w, l, &in, "a copy from the shared memory of another block");
       copy->group = w.async.bulk_committed[(size_t)l];
       targets = 1u << w.cta->rank;
     } else {
