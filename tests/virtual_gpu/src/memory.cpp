@@ -54,6 +54,7 @@ std::vector<Access> &Shadow::overflow(Cell &cell) {
 
 void Shadow::forget(Cell &cell) {
   cell.write = cell.read = Access();
+  cell.reads_in_flight = cell.writes_in_flight = 0;  // of a launch that was stopped
   if (!cell.more) return;
   overflow_[cell.more - 1].clear();
   free_.push_back(cell.more);
