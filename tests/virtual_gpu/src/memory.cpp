@@ -252,10 +252,15 @@ const Allocation *GlobalMemory::nearest(uint64_t address) const {
 void GlobalMemory::reset(uint64_t address, uint64_t bytes) {
   const uint64_t first = address >> 12, last = (address + bytes + 4095) >> 12;
   last_page_ = ~0ull;
+  const auto drop = [&](auto at) {
+    for (Cell &cell : at->second->cells) shadow_.forget(cell);
+    return pages_.erase(at);
+  };
   if (last - first < pages_.size()) {
-    for (uint64_t page = first; page < last; ++page) pages_.erase(page);
+    for (uint64_t page = first; page < last; ++page)
+      if (const auto at = pages_.find(page); at != pages_.end()) drop(at);
   } else {
-    for (auto at = pages_.begin(); at != pages_.end();) at = at->first >= first && at->first < last ? pages_.erase(at) : std::next(at);
+    for (auto at = pages_.begin(); at != pages_.end();) at = at->first >= first && at->first < last ? drop(at) : std::next(at);
   }
 }
 
