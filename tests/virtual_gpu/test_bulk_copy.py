@@ -346,3 +346,21 @@ def test_source_overwritten():
     for old in "st.release", "ld.acquire":
         SOURCE.edit(old, old[:3] + "relaxed").caught(run_source, "race", "st.global.u32 [x+132]",
                                                      "an asynchronous copy .*read without a barrier")
+
+
+def test_neighbour_of_a_copy_in_flight():
+    """A row of 7 elements of 2 bytes is stored while the 8th, in the same 4 bytes as the 7th, is written."""
+    store = Kernel(STORE.params + ", u64 beside", STORE.body, STORE.shared, registers=".reg .b16 %h;").edit(
+        WAIT, f"mov.u16 %h, 9;\nst.global.u16 [beside], %h;\n{WAIT}", "i, 512;", "i, 64;")
+
+    def run(kernel, seed=0, element=7):
+        whole, x = aligned(np.zeros((16, 8), np.uint16)), aligned(np.arange(1, 129, dtype=np.uint16).reshape(16, 8))
+        with (g := gpu(seed)).mapped([("whole", whole, True, True)]):
+            args = [vgpu.TensorMap(whole[:, :7], (16, 8), 0), x, np.int32(0), np.int32(0), np.uint64(whole.ctypes.data + 2 * element)]
+            kernel.launch(g, block=64, args=args)
+        wanted = x * (np.arange(8) < 7)
+        wanted[0, 7] = 9
+        np.testing.assert_array_equal(whole, wanted)
+
+    run(store)
+    store.caught(lambda k, seed: run(k, seed, 6), "in-flight", "st.global.u16 [beside]", "writes byte 12 of whole, which the copy")

@@ -312,27 +312,37 @@ bool complete_some(Launch &launch) {
   return true;
 }
 
-void report_in_flight(Launch &launch, const Actor &who, uint64_t address, bool global, bool write) {
+void report_in_flight(Launch &launch, const Actor &who, uint64_t address, uint8_t bytes, const Shadow &shadow, bool global, bool write) {
   const auto say = [&](const Inst *inst, const char *what) {
-    launch.report("in-flight", who.warp, __builtin_ctz(who.lanes), who.inst, std::string(write ? "writes " : "reads ") + launch.place(address, global) + ", which " + what + (inst ? " at " + launch.program->where(*inst) : "") + " has not finished with");
+    launch.report("in-flight", who.warp, __builtin_ctz(who.lanes), who.inst,
+                  std::string(write ? "writes " : "reads ") + launch.place(address, global) + ", which " + what + " at " + launch.program->where(*inst) +
+                      " has not finished with");
   };
-  const auto covers = [&](const Piece &p) {
-    const uint64_t begin = global ? p.global : p.shared;
-    return address + 4 > begin && address < begin + p.bytes;
+  // Whether the access meets `n` bytes at `begin` that are written, or read, in flight.
+  const auto meets = [&](uint64_t begin, uint32_t n, bool written) {
+    bool any = false;
+    for (uint64_t i = 0; i < 4; ++i) any |= (bytes >> i & 1) && address + i >= begin && address + i < begin + n;
+    return any && (write || written);
   };
   for (auto &c : launch.clusters)
-    for (auto &cta : c->ctas)
+    for (auto &cta : c->ctas) {
+      const bool here = &cta->shared.shadow == &shadow;
       for (auto &warp : cta->warps) {
         for (const CpAsync &copy : warp->async.copies)
-          if (!copy.arrive && !copy.done && covers(copy.piece)) return say(copy.inst, "the copy");
+          if (!copy.arrive && !copy.done && (global ? meets(copy.piece.global, copy.read, false) : here && meets(copy.piece.shared, copy.piece.bytes, true)))
+            return say(copy.inst, "the copy");
         for (const WgmmaOp &op : warp->matrix.pending)
           for (const Piece &p : op.reads)
-            if (!global && covers(p)) return say(op.inst, "the matrix product");
+            if (here && meets(p.shared, p.bytes, false)) return say(op.inst, "the matrix product");
       }
-  for (const auto &copy : launch.queue.bulk)
+    }
+  for (const auto &copy : launch.queue.bulk) {
+    bool here = false;
+    for (const Cta *cta : copy->targets) here |= &cta->shared.shadow == &shadow;
     for (const Piece &p : copy->pieces)
-      if (covers(p)) return say(copy->inst, "the copy");
-  say(nullptr, "an asynchronous operation");
+      if (global ? !p.fill && meets(p.global, p.bytes, copy->store) : here && !copy->source_free && meets(p.shared, p.bytes, !copy->store))
+        return say(copy->inst, "the copy");
+  }
 }
 
 void async_at_exit(Warp &w) {

@@ -15,6 +15,7 @@ namespace vgpu {
 struct Cta;
 struct Launch;
 struct Actor;
+class Shadow;
 
 // A contiguous piece of a copy between global memory and the shared memory of a block.
 struct Piece {
@@ -69,8 +70,8 @@ bool complete_some(Launch &launch);
 void complete_load(Launch &launch, BulkCopy &copy);
 void free_source(Launch &launch, BulkCopy &copy);       // stores: reads shared memory
 void complete_store(Launch &launch, BulkCopy &copy);
-// A touch of bytes that a copy or product in flight reads or writes: finds it for the message.
-void report_in_flight(Launch &launch, const Actor &actor, uint64_t address, bool global, bool write);
+// A touch of a cell in which a copy or product in flight reads or writes: reports it if they meet in one of these bytes.
+void report_in_flight(Launch &launch, const Actor &actor, uint64_t address, uint8_t bytes, const Shadow &shadow, bool global, bool write);
 void async_at_exit(Warp &warp);                // the warp has exited
 void async_at_cta_exit(Cta &cta);
 

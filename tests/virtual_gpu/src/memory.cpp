@@ -140,7 +140,7 @@ inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const
 }
 
 void Shadow::probe_cell(Cell &cell, uint8_t bytes, bool write, const Actor &actor, uint64_t address) {
-  if (cell.writes_in_flight || (write && cell.reads_in_flight)) report_in_flight(*actor.launch, actor, address, global_, write);
+  if (cell.writes_in_flight || (write && cell.reads_in_flight)) report_in_flight(*actor.launch, actor, address, bytes, *this, global_, write);
   check(cell.write, bytes, write, actor, address);
   if (write) check(cell.read, bytes, write, actor, address);
   if (cell.more)
