@@ -11,29 +11,8 @@ namespace {
 constexpr int kIntegral = 16;                        // with the modifiers: .rni .rzi .rmi .rpi, rounding to an integral value
 enum Width : int { kWideFrom = 1, kWideTo = 2, kNarrowTo = 4 };  // registers; without: 32 bits
 
-// f(Tag<T>()) for the C++ type of a PTX type.
-template <class F>
-void with_integer(Type t, F f) {
-  switch (t) {
-    case Type::kU8: return f(Tag<uint8_t>());
-    case Type::kS8: return f(Tag<int8_t>());
-    case Type::kU16: return f(Tag<uint16_t>());
-    case Type::kS16: return f(Tag<int16_t>());
-    case Type::kU32: return f(Tag<uint32_t>());
-    case Type::kS32: return f(Tag<int32_t>());
-    case Type::kU64: return f(Tag<uint64_t>());
-    default: return f(Tag<int64_t>());
-  }
-}
-template <class F>
-void with_real(Type t, F f) {
-  switch (t) {
-    case Type::kF16: return f(Tag<F16>());
-    case Type::kBF16: return f(Tag<BF16>());
-    case Type::kF32: return f(Tag<float>());
-    default: return f(Tag<double>());
-  }
-}
+using Whole = Types<uint8_t, int8_t, uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t>;
+using Real = Types<F16, BF16, float, double>;
 
 bool is_integer(Type t) { return t >= Type::kU8 && t <= Type::kS64; }
 bool is_real(Type t) { return t == Type::kF16 || t == Type::kBF16 || t == Type::kF32 || t == Type::kF64; }
@@ -52,7 +31,7 @@ void store_integers(Warp &w, const Inst &in, const int64_t *x, Mask m) {
   uint64_t wide[32];
   uint32_t word[32];
   const Mask poison = w.unit_poison[in.r[1]];
-  with_integer(in.type, [&](auto tag) {
+  Whole::with(in.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for (int l = 0; l < 32; ++l) wide[l] = (uint64_t)(T)x[l];
   });
@@ -64,17 +43,14 @@ void store_integers(Warp &w, const Inst &in, const int64_t *x, Mask m) {
 
 void cvt_integers(Warp &w, const Inst &in, Mask m) {
   int64_t x[32];
-  with_integer(in.type2, [&](auto tag) { load_integers<typename decltype(tag)::type>(w, in, x); });
+  Whole::with(in.type2, [&](auto tag) { load_integers<typename decltype(tag)::type>(w, in, x); });
   if (in.a & kSat)  // to the range of the destination
-    with_integer(in.type, [&](auto tag) {
+    Whole::with(in.type, [&](auto tag) {
       using Limits = std::numeric_limits<typename decltype(tag)::type>;
       constexpr int64_t kMost = Limits::digits > 63 ? std::numeric_limits<int64_t>::max() : (int64_t)Limits::max();
-      for (int l = 0; l < 32; ++l) {
-        if (in.type2 == Type::kU64)
-          x[l] = (int64_t)std::min<uint64_t>((uint64_t)x[l], (uint64_t)Limits::max());
-        else
-          x[l] = std::clamp<int64_t>(x[l], (int64_t)Limits::min(), kMost);
-      }
+      for (int l = 0; l < 32; ++l)
+        x[l] = in.type2 == Type::kU64 ? (int64_t)std::min<uint64_t>((uint64_t)x[l], (uint64_t)Limits::max())
+                                      : std::clamp<int64_t>(x[l], (int64_t)Limits::min(), kMost);
     });
   store_integers(w, in, x, m);
 }
@@ -83,7 +59,7 @@ void cvt_integers(Warp &w, const Inst &in, Mask m) {
 void load_reals(Warp &w, const Inst &in, double *x) {
   if (is_integer(in.type2)) {
     int64_t n[32];
-    with_integer(in.type2, [&](auto tag) { load_integers<typename decltype(tag)::type>(w, in, n); });
+    Whole::with(in.type2, [&](auto tag) { load_integers<typename decltype(tag)::type>(w, in, n); });
     for (int l = 0; l < 32; ++l) {
       const double high = in.type2 == Type::kU64 ? (double)(uint32_t)(n[l] >> 32) : (double)(int32_t)(n[l] >> 32);
       const double low = (double)(uint32_t)n[l];
@@ -91,7 +67,7 @@ void load_reals(Warp &w, const Inst &in, double *x) {
     }
     return;
   }
-  with_real(in.type2, [&](auto tag) {
+  Real::with(in.type2, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto *from = w.at<Lane32or64<T>>(in.r[1]);
     const bool ftz = std::is_same_v<T, float> && (in.a & kFtz);  // .ftz is about single precision only
@@ -109,7 +85,7 @@ void cvt_to_integer(Warp &w, const Inst &in, Mask m) {
   double x[32];
   int64_t to[32];
   load_reals(w, in, x);
-  with_integer(in.type, [&](auto tag) {
+  Whole::with(in.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Limits = std::numeric_limits<T>;
     constexpr double kBeyond = power(Limits::digits), kLeast = (double)Limits::min();
@@ -131,16 +107,13 @@ void cvt_to_real(Warp &w, const Inst &in, Mask m) {
     for (double &v : x) v = integral(v, mode);
     mode = kNearest;
   }
-  with_real(in.type, [&](auto tag) {
+  Real::with(in.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     Lane32or64<T> to[32];
-    if constexpr (std::is_same_v<T, double>) {
-      for (int l = 0; l < 32; ++l) to[l] = to_lane(clamp_result(x[l], modifiers));
-    } else if (modifiers || mode != kNearest) {
+    const auto round = [&](int modifiers, int mode) {
       for (int l = 0; l < 32; ++l) to[l] = to_lane(result<T>(x[l], modifiers, mode));
-    } else {
-      for (int l = 0; l < 32; ++l) to[l] = to_lane(result<T>(x[l], 0, kNearest));
-    }
+    };
+    modifiers || mode != kNearest ? round(modifiers, mode) : round(0, kNearest);  // the compiler knows the second one's
     store_lanes(w, in.r[0], to, m, w.unit_poison[in.r[1]]);
   });
 }
@@ -163,19 +136,6 @@ void cvt_single(Warp &w, const Inst &in, Mask m) {
   store_lanes(w, in.r[0], to, m, poison);
 }
 
-// .tf32: the low 13 bits, which the ISA leaves open, are 0. .rna rounds ties away from zero.
-void cvt_tf32(Warp &w, const Inst &in, Mask m) {
-  const uint32_t *from = w.at<uint32_t>(in.r[1]);
-  uint32_t to[32];
-  for (int l = 0; l < 32; ++l) {
-    const float x = from_lane<float>(from[l]);
-    const uint32_t away = (from[l] + 0x1000) & 0xffffe000u;
-    const uint32_t other = to_lane(encode<float>(clamp_result(round_to<TF32>(x, in.b), in.a)));
-    to[l] = x != x ? 0x7fffffff : in.c ? away : other;
-  }
-  store_lanes(w, in.r[0], to, m, w.unit_poison[in.r[1]]);
-}
-
 template <class T>
 bool loses(Type from) {  // whether T may not have a value of type `from`
   if (from == Type::kF64 || from == Type::kF32) return (int)sizeof(T) < type_bytes(from);
@@ -186,38 +146,22 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
   Form f(s);
   in.klass = Class::kConvert;
   in.a = take_modifiers(f);
-  const char *const modes[] = {"rn", "rz", "rm", "rp"}, *const integral_modes[] = {"rni", "rzi", "rmi", "rpi"};
-  bool rounds = false;
-  for (int i = 0; i < 4; ++i) {
-    const bool integral = f.take(integral_modes[i]);
-    if (!integral && !f.take(modes[i])) continue;
-    if (rounds) return false;
-    rounds = true;
-    in.b = i;
-    in.a |= integral ? kIntegral : 0;
-  }
-  const Operand &to = s.operands.at(0), &from = s.operands.at(1);
-
-  if (f.take("tf32")) {
-    in.c = f.take("rna");
-    if (rounds == (in.c != 0) || in.a & ~kRelu || (in.c && in.a)) return false;
-    if (f.type() != Type::kF32 || !f.rest.empty() || s.operands.size() != 2) return false;
-    if (!fits(d, to, Type::kB32) || !fits(d, from, Type::kF32)) return false;
-    in.exec = cvt_tf32;
-    d.destination(to);
-    d.source(from, Type::kF32);
-    return true;
-  }
+  static const char *const modes[] = {"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi"};
+  const auto *const mode = std::find_if(modes, modes + 8, [&](const char *name) { return f.take(name); });
+  const bool rounds = mode != modes + 8;
+  in.b = rounds ? (int)(mode - modes) % 4 : kNearest;
+  in.a |= rounds && mode - modes >= 4 ? kIntegral : 0;
   if (f.types.size() != 2 || !f.rest.empty()) return false;
+  const Operand &to = s.operands[0], &from = s.operands[1];
   in.type = f.types[0];
   in.type2 = f.types[1];
   const bool packed = in.type == Type::kF16x2 || in.type == Type::kBF16x2;
   if (packed || (type_bytes(in.type) == 2 && is_real(in.type) && in.type2 == Type::kF32)) {
-    if (s.operands.size() != (packed ? 3 : 2) || in.type2 != Type::kF32 || !rounds || in.a & kIntegral) return false;
-    if (!fits(d, to, in.type)) return false;
+    if (s.operands.size() != (packed ? 3 : 2) || in.type2 != Type::kF32 || !rounds || in.a & kIntegral || !fits(d, to, in.type))
+      return false;
+    const bool plain = !in.a && in.b == kNearest;
     const auto choose = [&](auto tag) -> Exec {
       using T = typename decltype(tag)::type;
-      const bool plain = !in.a && in.b == kNearest;
       if (packed) return plain ? cvt_single<T, 2, true> : cvt_single<T, 2, false>;
       return plain ? cvt_single<T, 1, true> : cvt_single<T, 1, false>;
     };
@@ -246,7 +190,7 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
     in.exec = cvt_to_integer;
   } else {
     bool inexact = is_integer(in.type2);
-    if (!inexact) with_real(in.type, [&](auto tag) { inexact = loses<typename decltype(tag)::type>(in.type2); });
+    if (!inexact) Real::with(in.type, [&](auto tag) { inexact = loses<typename decltype(tag)::type>(in.type2); });
     const bool plain = rounds && !(in.a & kIntegral);
     if (inexact != plain || (in.a & kIntegral && in.type != in.type2)) return false;
     if (in.type == Type::kF64 && type_bytes(in.type2) == 8 && is_integer(in.type2) && in.b) return false;  // not exact before
@@ -270,8 +214,7 @@ void pack(Warp &w, const Inst &in, Mask m) {
   T to[32] = {};
   Mask poison = 0;
   for (int i = 0; i < in.b; ++i) {
-    const uint32_t *from = w.at<uint32_t>(in.r[1 + i]);
-    const uint32_t kept = ~0u >> (32 - in.a);
+    const uint32_t *from = w.at<uint32_t>(in.r[1 + i]), kept = ~0u >> (32 - in.a);
     for (int l = 0; l < 32; ++l) to[l] |= (T)(from[l] & kept) << i * in.a;
     poison |= w.unit_poison[in.r[1 + i]];
   }
@@ -284,9 +227,8 @@ void unpack(Warp &w, const Inst &in, Mask m) {
   memcpy(from, w.at<T>(in.r[in.b]), sizeof(from));
   const Mask poison = w.unit_poison[in.r[in.b]];
   for (int i = 0; i < in.b; ++i) {
-    const uint32_t kept = ~0u >> (32 - in.a);
     uint32_t to[32];
-    for (int l = 0; l < 32; ++l) to[l] = (uint32_t)(from[l] >> i * in.a) & kept;
+    for (int l = 0; l < 32; ++l) to[l] = (uint32_t)(from[l] >> i * in.a) & ~0u >> (32 - in.a);
     store_lanes(w, in.r[i], to, m, poison);
   }
 }
@@ -318,9 +260,8 @@ bool decode_mov(Decoder &d, const Statement &s, Inst &in) {
     in.exec = unpacks ? (wide ? unpack<uint64_t> : unpack<uint32_t>) : (wide ? pack<uint64_t> : pack<uint32_t>);
   } else {
     in.exec = wide ? move<uint64_t> : type_bytes(t) >= 2 ? move<uint32_t> : nullptr;
-    if (!in.exec) return false;
   }
-  if ((!unpacks && !fits(d, to, t)) || (!packs && !fits(d, from, t))) return false;
+  if (!in.exec || (!unpacks && !fits(d, to, t)) || (!packs && !fits(d, from, t))) return false;
   d.destination(to);
   d.source(from, from_type);
   return true;
