@@ -3,8 +3,8 @@
 #include <cstring>
 
 #include "decode.h"
-#include "half.h"
 #include "machine.h"
+#include "numbers.h"
 
 namespace vgpu {
 
@@ -266,8 +266,8 @@ uint64_t atom_value(const Inst &in, uint64_t old, uint64_t a, uint64_t b) {
   float x, y;
   double dx, dy;
   const auto pair = [&](auto add) { return (uint64_t)add((uint16_t)old, (uint16_t)a) | (uint64_t)add((uint16_t)(old >> 16), (uint16_t)(a >> 16)) << 16; };
-  const auto add_f16 = [](uint16_t p, uint16_t q) { return f16_from_float(f16_to_float(p) + f16_to_float(q)); };
-  const auto add_bf16 = [](uint16_t p, uint16_t q) { return bf16_from_double((double)bf16_to_float(p) + bf16_to_float(q)); };
+  const auto add_f16 = [](uint16_t p, uint16_t q) { return f16_bits(half_to_float(false, p) + half_to_float(false, q)); };
+  const auto add_bf16 = [](uint16_t p, uint16_t q) { return bf16_bits((double)half_to_float(true, p) + half_to_float(true, q)); };
   switch (in.type) {
     case Type::kS32: return (uint32_t)integer_atom<int32_t>(in.c, (int32_t)old, (int32_t)a, (int32_t)b);
     case Type::kS64: return (uint64_t)integer_atom<int64_t>(in.c, (int64_t)old, (int64_t)a, (int64_t)b);

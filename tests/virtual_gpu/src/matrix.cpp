@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "decode.h"
-#include "half.h"
 #include "machine.h"
+#include "numbers.h"
 
 namespace vgpu {
 
@@ -42,7 +42,7 @@ Flow mma(Warp &w, Fragment &f, const Inst &in) {
   return aligned(w, f, in, [&] {
     const int k_size = in.a, words = k_size / 8, outputs = in.type2 == Type::kF32 ? 4 : 2;
     const Slot *d = in.r, *a = d + outputs, *b = a + 2 * words, *c = b + words;
-    const auto to_float = [&](uint16_t x) { return in.type == Type::kBF16 ? bf16_to_float(x) : f16_to_float(x); };
+    const auto to_float = [&](uint16_t x) { return half_to_float(in.type == Type::kBF16, x); };
     float av[16][16], bv[16][8], sum[16][8];
     uint32_t row_poison = 0, column_poison = 0;
     for (int lane = 0; lane < 32; ++lane) {
@@ -83,8 +83,8 @@ Flow mma(Warp &w, Fragment &f, const Inst &in) {
             memcpy(&value[lane], &x, 4);
             poison |= ((row_poison >> row | column_poison >> column) & 1) << lane;
           } else {
-            value[lane] = f16_from_float((double)f16_to_float((uint16_t)old) + sum[row][column]) |
-                          (uint32_t)f16_from_float((double)f16_to_float((uint16_t)(old >> 16)) + sum[row][column + 1]) << 16;
+            value[lane] = f16_bits((double)half_to_float(false, (uint16_t)old) + sum[row][column]) |
+                          (uint32_t)f16_bits((double)half_to_float(false, (uint16_t)(old >> 16)) + sum[row][column + 1]) << 16;
             poison |= ((row_poison >> row | column_poison >> column | column_poison >> (column + 1)) & 1) << lane;
           }
         }

@@ -5,8 +5,8 @@
 #include <cstring>
 
 #include "decode.h"
-#include "half.h"
 #include "machine.h"
+#include "numbers.h"
 
 namespace vgpu {
 namespace {
@@ -45,7 +45,7 @@ struct Shape {
       : n(in.a), outputs(in.c), a_registers(in.b & 1), trans_a(in.b & 2), trans_b(in.b & 4), negative((in.b >> 3 & 1) != (in.b >> 4 & 1)) {}
 };
 
-float to_float(Type type, uint16_t x) { return type == Type::kBF16 ? bf16_to_float(x) : f16_to_float(x); }
+float to_float(Type type, uint16_t x) { return half_to_float(type == Type::kBF16, x); }
 
 // Reads rows [begin, end) of an operand as floats: [row - begin][k]; bit r of poison: row r has an undefined value.
 void read_tile(Cta &cta, const Descriptor &d, Type type, bool k_major, int begin, int end, std::vector<float> &out, std::vector<bool> &poison) {
@@ -122,8 +122,8 @@ void multiply(Warp &w, const WgmmaOp &op, const std::vector<float> &b, const std
           } else {
             undefined |= b_poison[(size_t)n + 1];
             const uint32_t old = op.scale_d ? value[lane] : 0;
-            value[lane] = f16_from_float((double)f16_to_float((uint16_t)old) + s[0]) |
-                          (uint32_t)f16_from_float((double)f16_to_float((uint16_t)(old >> 16)) + s[1]) << 16;
+            value[lane] = f16_bits((double)half_to_float(false, (uint16_t)old) + s[0]) |
+                          (uint32_t)f16_bits((double)half_to_float(false, (uint16_t)(old >> 16)) + s[1]) << 16;
           }
           poison |= (Mask)undefined << lane;
         }
