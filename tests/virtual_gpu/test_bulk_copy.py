@@ -178,10 +178,10 @@ END:
 """, shared=1024 + 16)
 
 
-def run_bulk(kernel, seed=0, random_completion=False, nbytes=384, written=(1,)):
+def run_bulk(kernel, seed=0, random_completion=False, nbytes=384, **more):
     x = np.random.default_rng(seed).integers(0, 2**32, nbytes // 2, dtype=np.uint32)
     x, out = aligned(x), aligned(np.zeros_like(x))
-    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out, np.uint32(nbytes)], written=written)
+    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out, np.uint32(nbytes)], written={1}, **more)
     np.testing.assert_array_equal(out, x + np.uint32(1))
 
 
@@ -265,102 +265,13 @@ def cases(*tables):
                                    ids=[f"{run.__name__[4:]}: {bug[0]}" for _, run, bugs in tables for bug in bugs])
 
 
+def test_undefined_sources():
+    """What is copied is as undefined as its source."""
+    LOAD.caught(lambda k, seed: run_load(k, seed, seed == 1, fresh={0}), "uninitialised", "st.global.u32 [o], v", "reaches global memory")
+    BULK.caught(lambda k, seed: run_bulk(k, seed, seed == 1, fresh={0}), "uninitialised", BULK_STORE, "reaches global memory")
+
+
 @cases((LOAD, run_load, LOAD_BUGS), (STORE, run_store, STORE_BUGS), (BULK, run_bulk, BULK_BUGS))
 def test_misuse(kernel, run, bug):
     run(kernel)
     kernel.edit(*bug[1]).caught(run, *bug[2:])
-
-
-# Through global memory within a kernel: what a block wrote by ordinary stores (with a proxy fence) or by a bulk store comes back.
-ORDINARY = "cvt.u64.u32 o, i; add.u64 o, out, o; ld.shared.u32 v, [a]; st.global.u32 [o], v;"
-BACK = Kernel("u64 x, u64 out, u32 bytes", f"""
-.reg .b32 to, bar, i, a, v; .reg .b64 o; .reg .pred p, lead;
-mov.u32 to, smem; add.u32 bar, smem, 1024; setp.eq.u32 lead, tid, 0; mul.lo.u32 i, tid, 4; add.u32 a, to, i;
-cvt.u64.u32 o, i; add.u64 o, x, o; ld.global.u32 v, [o]; add.u32 v, v, 1; st.shared.u32 [a], v;
-@lead {INIT}
-fence.proxy.async;
-bar.sync 0;
-@lead {BULK_STORE} @lead cp.async.bulk.commit_group;
-@lead cp.async.bulk.wait_group 0;
-bar.sync 0;
-add.u32 to, smem, 512;
-@lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], bytes;
-@lead {BULK_LOAD.replace("[x]", "[out]")}
-{wait("bar", "0")}
-ld.shared.u32 v, [a+512]; sub.u32 v, v, 1; cvt.u64.u32 o, i; add.u64 o, x, o;
-ld.global.u32 i, [o]; setp.ne.u32 p, i, v; @p trap;
-""", shared=1024 + 16)
-BY_STORES = BACK.edit(f"@lead {BULK_STORE} @lead cp.async.bulk.commit_group;",
-                      f"{ORDINARY}\nfence.proxy.async; // of global memory", "@lead cp.async.bulk.wait_group 0;\n", "")
-
-
-def run_back(kernel, seed=0, random_completion=False):
-    x, out = aligned(np.arange(64, dtype=np.uint32)), aligned(np.zeros(64, np.uint32))
-    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out, np.uint32(256)], written=(1,))
-    np.testing.assert_array_equal(out, x + np.uint32(1))
-
-
-@MODES
-def test_there_and_back(seed, random_completion):
-    run_back(BACK, seed, random_completion)
-    run_back(BY_STORES, seed, random_completion)
-
-
-LOAD_BACK = BULK_LOAD.replace("[x]", "[out]")
-
-
-def test_there_and_back_too_soon():
-    BACK.edit("wait_group 0;", "wait_group.read 0;").caught(run_back, "in-flight", LOAD_BACK, "reads byte 0 of argument 1")
-    BY_STORES.edit("fence.proxy.async; // of global memory", "").caught(run_back, "proxy", LOAD_BACK, "ordinary store")
-
-
-# Thread 32 overwrites the source of a load that thread 0 has waited for.
-SOURCE = Kernel("u64 x, u64 out", f"""
-.reg .b32 bar, v, flag; .reg .b64 o; .reg .pred p, lead, other;
-add.u32 bar, smem, 256; add.u32 flag, smem, 264; setp.eq.u32 lead, tid, 0; setp.eq.u32 other, tid, 32;
-@lead {INIT}
-@lead {INIT_FENCE}
-@lead st.shared.u32 [flag], 0;
-bar.sync 0;
-@!lead bra OTHER;
-mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
-cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [x], 256, [bar];
-{wait("bar", "0")}
-st.release.cta.shared.u32 [flag], 1;
-ld.shared.u32 v, [smem+132]; st.global.u32 [out], v;
-OTHER: @!other bra END;
-SPIN: ld.acquire.cta.shared.u32 v, [flag]; setp.eq.u32 p, v, 0; @p bra SPIN;
-st.global.u32 [x+132], 99;
-END:
-""", shared=272)
-
-
-def run_source(kernel, seed=0, random_completion=False):
-    x, out = aligned(np.arange(64, dtype=np.uint32)), np.zeros(1, np.uint32)
-    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out])
-    assert out[0] == 33 and x[33] == 99
-
-
-def test_source_overwritten():
-    run_source(SOURCE)
-    for old in "st.release", "ld.acquire":
-        SOURCE.edit(old, old[:3] + "relaxed").caught(run_source, "race", "st.global.u32 [x+132]",
-                                                     "an asynchronous copy .*read without a barrier")
-
-
-def test_neighbour_of_a_copy_in_flight():
-    """A row of 7 elements of 2 bytes is stored while the 8th, in the same 4 bytes as the 7th, is written."""
-    store = Kernel(STORE.params + ", u64 beside", STORE.body, STORE.shared, registers=".reg .b16 %h;").edit(
-        WAIT, f"mov.u16 %h, 9;\nst.global.u16 [beside], %h;\n{WAIT}", "i, 512;", "i, 64;")
-
-    def run(kernel, seed=0, element=7):
-        whole, x = aligned(np.zeros((16, 8), np.uint16)), aligned(np.arange(1, 129, dtype=np.uint16).reshape(16, 8))
-        with (g := gpu(seed)).mapped([("whole", whole, True, True)]):
-            args = [vgpu.TensorMap(whole[:, :7], (16, 8), 0), x, np.int32(0), np.int32(0), np.uint64(whole.ctypes.data + 2 * element)]
-            kernel.launch(g, block=64, args=args)
-        wanted = x * (np.arange(8) < 7)
-        wanted[0, 7] = 9
-        np.testing.assert_array_equal(whole, wanted)
-
-    run(store)
-    store.caught(lambda k, seed: run(k, seed, 6), "in-flight", "st.global.u16 [beside]", "writes byte 12 of whole, which the copy")

@@ -101,6 +101,7 @@ def test_shared_memory(kernel, size):
         run_shared(kernel, seed, size)
 
 
+LATER = "mov.u32 w, 0;\nSPIN: add.u32 w, w, 1; setp.lt.u32 p, w, 2000; @p bra SPIN;"
 SHARED_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at least
     ("no first barrier", (f"{BARRIER} // first", "bar.sync 0;"), "race", READ, "may not have begun"),
     ("no wait", (f"{WAIT} // first", "bar.sync 0; // first"), "race", READ, "may not have begun|wrote without a barrier"),
@@ -109,6 +110,7 @@ SHARED_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at
     ("no last barrier", (LAST, "bar.sync 0;"), "exited-block|race", "ld.shared.u32 w, [here+256]", "", 1),
     ("the block has ended", (f"{LAST}\nld.shared.u32 w, [here+256];", "mov.u32 w, 0;"), "exited-block", WRITE,
      "ends, and no barrier makes sure|which has exited"),
+    ("the block ends much later", (f"{LAST}\nld.shared.u32 w, [here+256];", LATER), "exited-block", WRITE, "ends, and no barrier makes sure"),
     ("a relaxed last barrier", (LAST, "barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;"), "race",
      "w, [here+256]", "wrote without a barrier"),
     ("no such block", ("mapa.shared::cluster.u32 there, here, next;\nld", "mapa.shared::cluster.u32 there, here, count;\nld"),
@@ -193,6 +195,9 @@ SIGNALS_BUGS = [
     ("nobody waits for the last arrival",
      (LAST, "", "add.u32 round, round, 1; setp.lt.u32 p, round, rounds; @p bra ROUND;", "", WAIT_EMPTY, ""),
      "exited-block", "_, [empty+8];", "no barrier makes sure that this arrival|has exited"),
+    ("that comes in time by chance",
+     (LAST, LATER, "add.u32 round, round, 1; setp.lt.u32 p, round, rounds; @p bra ROUND;", ".reg .b32 w;", WAIT_EMPTY, ""),
+     "exited-block", "_, [empty+8];", "no barrier makes sure that this arrival"),
 ]
 
 

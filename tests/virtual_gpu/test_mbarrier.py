@@ -284,10 +284,10 @@ GENERIC = COPIES.edit(
     NOINC, "cvt.u64.u32 offset, full; cvta.shared.u64 offset, offset; cp.async.mbarrier.arrive.noinc.b64 [offset];")
 
 
-def run_copies(kernel, seed=0, random_completion=False):
+def run_copies(kernel, seed=0, random_completion=False, fresh=()):
     x = np.random.default_rng(seed).integers(0, 2**30, (5, 64, 4), dtype=np.uint32)
     out = np.zeros(64, np.uint32)
-    kernel.launch(gpu(seed, random_completion), block=128, args=[x, out], written={1})
+    kernel.launch(gpu(seed, random_completion), block=128, args=[x, out], written={1}, fresh=fresh)
     np.testing.assert_array_equal(out, (x * np.array([1, 3, 5, 0], np.uint32)).sum((0, 2), dtype=np.uint32)[np.arange(64) ^ 21])
 
 
@@ -303,5 +303,7 @@ def test_copies_and_misuse():
     early.caught(run_copies, "in-flight|race", "{v, w}, [at+16]", "the copy|without a barrier", 2)
     # The pending count goes up by one, and the arrival of the copies takes it back: the phase never ends.
     COPIES.edit(NOINC, INC).caught(run_copies, "deadlock", wait("empty", "parity"), "phase 0 lacks 64 of 64 arrivals")
+    for random_completion in (False, True):  # what is copied is as undefined as its source
+        COPIES.caught(lambda k, seed: run_copies(k, seed, random_completion, {0}), "uninitialised", "st.global.u32", "reaches global memory")
     ordinary = COPIES.edit(NOINC, "mbarrier.arrive.shared::cta.b64 _, [full];")
     ordinary.caught(run_copies, "in-flight", "{v, w}, [at+16]", "the copy at k.cu")

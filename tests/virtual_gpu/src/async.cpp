@@ -315,8 +315,8 @@ bool complete_some(Launch &launch) {
 void report_in_flight(Launch &launch, const Actor &who, uint64_t address, uint8_t bytes, const Shadow &shadow, bool global, bool write) {
   const auto say = [&](const Inst *inst, const char *what) {
     launch.report("in-flight", who.warp, __builtin_ctz(who.lanes), who.inst,
-                  std::string(write ? "writes " : "reads ") + launch.place(address, global) + ", which " + what + " at " + launch.program->where(*inst) +
-                      " has not finished with");
+                  std::string(write ? "writes " : "reads ") + launch.place(address, global) + ", which " + what + " at " +
+                      launch.program->where(*inst) + " has not finished with");
   };
   // Whether the access meets `n` bytes at `begin` that are written, or read, in flight.
   const auto meets = [&](uint64_t begin, uint32_t n, bool written) {
@@ -329,7 +329,8 @@ void report_in_flight(Launch &launch, const Actor &who, uint64_t address, uint8_
       const bool here = &cta->shared.shadow == &shadow;
       for (auto &warp : cta->warps) {
         for (const CpAsync &copy : warp->async.copies)
-          if (!copy.arrive && !copy.done && (global ? meets(copy.piece.global, copy.read, false) : here && meets(copy.piece.shared, copy.piece.bytes, true)))
+          if (!copy.arrive && !copy.done &&
+              (global ? meets(copy.piece.global, copy.read, false) : here && meets(copy.piece.shared, copy.piece.bytes, true)))
             return say(copy.inst, "the copy");
         for (const WgmmaOp &op : warp->matrix.pending)
           for (const Piece &p : op.reads)

@@ -175,7 +175,8 @@ MBarrier *find_mbarrier(Warp &w, int lane, const Inst &in, uint64_t address, Cta
                   launch.who(b.initialised) + " initialised, without a barrier between them");
   for (const Access &written : {span.cells[0].write, span.cells[1].write})
     if (written.statement != b.initialised.statement || written.epoch != b.initialised.epoch || written.cta != b.initialised.cta)
-      launch.report("mbarrier", &w, lane, &in, "the mbarrier at shared address " + std::to_string(own - kSharedBase) + " was overwritten by " + launch.who(written));
+      launch.report("mbarrier", &w, lane, &in, "the mbarrier at shared address " + std::to_string(own - kSharedBase) + " was overwritten by " +
+                    launch.who(written));
   const Lane &l = w.lanes[(size_t)lane];
   const Chunk *chunk = l.fenced ? l.fenced->find(b.initialised.cta) : nullptr;
   bool fenced = chunk && chunk->epoch[b.initialised.warp * 32u + (uint32_t)__builtin_ctz(b.initialised.lanes)] >= b.initialised.epoch;
@@ -324,8 +325,10 @@ bool all_arrived(const Cluster &cluster) {
 void tell(Warp &w, Mask lanes, ClusterBarrier &b) {
   for (Mask m = lanes; m; m &= m - 1) b.clock.join(w.lanes[(size_t)__builtin_ctz(m)].released);
   b.clock.set(w.cta->index, w.cta->components(), 0, 0);  // orders nothing, and says that this block has begun
-  for (auto &[address, mbarrier] : w.cta->barriers.mbarriers)
-    if (mbarrier.fenced_at && !mbarrier.told_in && mbarrier.initialised.warp == w.index && mbarrier.initialised.lanes & lanes) mbarrier.told_in = b.phase + 1;
+  for (auto &[address, mbarrier] : w.cta->barriers.mbarriers) {
+    const bool mine = mbarrier.initialised.warp == w.index && mbarrier.initialised.lanes & lanes;
+    if (mine && mbarrier.fenced_at && !mbarrier.told_in) mbarrier.told_in = b.phase + 1;
+  }
 }
 
 void waited(Warp &w, Mask lanes, const ClusterBarrier &b) {
@@ -372,7 +375,8 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
   }
   const uint64_t phase = w.cluster_phase[(size_t)__builtin_ctz(lanes)];
   for (Mask m = lanes; m; m &= m - 1)
-    if (!w.cluster_phase[(size_t)__builtin_ctz(m)]) w.launch().report("barrier", &w, __builtin_ctz(m), &in, "waits at the cluster barrier without an arrival");
+    if (!w.cluster_phase[(size_t)__builtin_ctz(m)])
+      w.launch().report("barrier", &w, __builtin_ctz(m), &in, "waits at the cluster barrier without an arrival");
   if (b.phase >= phase) {
     waited(w, lanes, b);
     for (Fragment *part : all)
@@ -433,8 +437,10 @@ void check_visitors(Cta &cta) {
     const Ref<Clock> arrivals = b.clock.freeze();
     for (const Ref<Chunk> &theirs : arrivals->chunks) {
       const Chunk *ours = known->find(theirs->cta);
-      if (theirs->cta == cta.index || (ours && std::equal(ours->epoch.begin(), ours->epoch.end(), theirs->epoch.begin(), std::greater_equal<>()))) continue;
-      launch.report("exited-block", nullptr, 0, b.remote, end + "this arrival at its mbarrier at shared address " + std::to_string(address - kSharedBase) + " came before");
+      const bool ordered = ours && std::equal(ours->epoch.begin(), ours->epoch.end(), theirs->epoch.begin(), std::greater_equal<>());
+      if (theirs->cta == cta.index || ordered) continue;
+      launch.report("exited-block", nullptr, 0, b.remote,
+                    end + "this arrival at its mbarrier at shared address " + std::to_string(address - kSharedBase) + " came before");
       break;
     }
   }

@@ -362,7 +362,8 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
       address &= (1u << kClusterShift) - 1;
       const Ref<Clock> &known = warp.lanes[(size_t)lane].clock;
       if (cta != warp.cta && !(known && known->find(cta->index)))
-        fail("race", verb + std::string("shared memory of block ") + std::to_string(rank - 1) + " of the cluster, which may not have begun: no barrier told");
+        fail("race", verb + std::string("shared memory of block ") + std::to_string(rank - 1) +
+                         " of the cluster, which may not have begun: no barrier told");
       cta->visited |= cta != warp.cta;
       if (cta->live == 0)
         return fail("exited-block", verb + std::string("shared memory of block ") + std::to_string(rank - 1) + " of the cluster, which has exited");

@@ -103,7 +103,8 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
     launch.block[i] = shape.block[i];
     launch.cluster[i] = shape.cluster[i] ? shape.cluster[i] : program->kernel->cluster[i] ? (uint32_t)program->kernel->cluster[i] : 1;
     if (program->kernel->cluster[i] && shape.cluster[i] && (int)shape.cluster[i] != program->kernel->cluster[i])
-      return refuse("a cluster of " + std::to_string(shape.cluster[i]) + " in dimension " + std::to_string(i) + ", the kernel requires " + std::to_string(program->kernel->cluster[i]));
+      return refuse("a cluster of " + std::to_string(shape.cluster[i]) + " in dimension " + std::to_string(i) + ", the kernel requires " +
+                    std::to_string(program->kernel->cluster[i]));
     threads *= shape.block[i];
     cluster *= launch.cluster[i];
     if (shape.grid[i] == 0 || shape.grid[i] > limits[i]) return refuse("a grid of " + std::to_string(shape.grid[i]) + " blocks in dimension " + std::to_string(i));
