@@ -267,8 +267,8 @@ def cases(*tables):
 
 def test_undefined_sources():
     """What is copied is as undefined as its source."""
-    LOAD.caught(lambda k, seed: run_load(k, seed, seed == 1, fresh={0}), "uninitialised", "st.global.u32 [o], v", "reaches global memory")
-    BULK.caught(lambda k, seed: run_bulk(k, seed, seed == 1, fresh={0}), "uninitialised", BULK_STORE, "reaches global memory")
+    for kernel, run, at in (LOAD, run_load, "st.global.u32 [o], v"), (BULK, run_bulk, BULK_STORE):
+        kernel.caught(lambda k, seed: run(k, seed, seed == 1, fresh={0}), "uninitialised", at, "reaches global memory")  # noqa: B023
 
 
 @cases((LOAD, run_load, LOAD_BUGS), (STORE, run_store, STORE_BUGS), (BULK, run_bulk, BULK_BUGS))

@@ -1,5 +1,5 @@
-"""What orders bulk copies of the virtual GPU with other accesses (PTX ISA 9.7.9.25.4): through global memory and back, sources that are
-overwritten, neighbours of what is in flight, groups."""
+"""What orders bulk copies of the virtual GPU with other accesses (PTX ISA 9.7.9.25.4): through global memory and back, sources that
+are overwritten, neighbours of what is in flight, groups."""
 import numpy as np
 import pytest
 

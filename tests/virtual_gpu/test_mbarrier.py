@@ -304,6 +304,7 @@ def test_copies_and_misuse():
     # The pending count goes up by one, and the arrival of the copies takes it back: the phase never ends.
     COPIES.edit(NOINC, INC).caught(run_copies, "deadlock", wait("empty", "parity"), "phase 0 lacks 64 of 64 arrivals")
     for random_completion in (False, True):  # what is copied is as undefined as its source
-        COPIES.caught(lambda k, seed: run_copies(k, seed, random_completion, {0}), "uninitialised", "st.global.u32", "reaches global memory")
+        run = lambda k, seed: run_copies(k, seed, random_completion, {0})  # noqa: E731, B023
+        COPIES.caught(run, "uninitialised", "st.global.u32", "reaches global memory")
     ordinary = COPIES.edit(NOINC, "mbarrier.arrive.shared::cta.b64 _, [full];")
     ordinary.caught(run_copies, "in-flight", "{v, w}, [at+16]", "the copy at k.cu")
