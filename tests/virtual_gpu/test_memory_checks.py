@@ -54,6 +54,10 @@ PLANTED = {
                                         "ld.shared.u32 %r1, [%r9]; setp.eq.u32 %p2, %r1, 7; selp.u32 %r1, 1, 2, %p2;" + STORE + " // caught"),
     "never_written_local_to_global": ("uninitialised", "<<//|>> st.local.u8 [m+3], 1;\nst.local.u16 [m], 1; "
                                       "st.local.u8 [m+2], 1; ld.local.u32 %r1, [m];" + STORE + " // caught"),
+    "never_written_through_local_to_global": ("uninitialised", OWN + "<<//|>> st.shared.u32 [%r9], 1;\n"
+                                              "ld.shared.u32 %r2, [%r9]; st.local.u32 [m], %r2; ld.local.u32 %r1, [m];" + STORE + " // caught"),
+    "never_written_through_shared_to_global": ("uninitialised", OWN + "<<//|>> mov.u32 %r2, 1;\nst.shared.u32 [%r9], 1; st.shared.u32 [%r9], %r2;"
+                                               "ld.shared.u32 %r1, [%r9];" + STORE + " // caught"),
     "never_written_register_to_global": ("uninitialised", SHUT + "<<@!%p1|>> mov.u32 %r1, 1;" + STORE + " // caught"),
     "undefined_buffer_to_global": ("uninitialised", "ld.global.u32 %r1, [<<%x1|%x0>>];" + STORE + " // caught"),
     "write_to_an_input": ("read-only", "<<st.global.u32 [%x0], 1|st.global.u32 [%x1], 1>>; // caught"),
