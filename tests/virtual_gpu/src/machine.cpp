@@ -393,7 +393,8 @@ void Launch::run() {
       }
     }
     if (executed > options.instruction_limit) {
-      report("instruction-limit", nullptr, 0, nullptr, "the launch executed " + std::to_string(executed) + " instructions and goes on");
+      const size_t most = (size_t)(std::max_element(executions.begin(), executions.end()) - executions.begin());
+      report("instruction-limit", nullptr, 0, &program->code[most], "the launch executed " + std::to_string(executed) + " instructions and goes on, most often here");
       break;
     }
   }
