@@ -7,7 +7,7 @@ from raw_ptx import caught, run, twins
 # ------------------------------------------------------------------------------------------------------------ planted bugs
 
 # Argument 0: an input of 64 words, each its index. Argument 1: an output of 64 words that is undefined before. 64 threads unless
-# the case says otherwise; s: 65 words of shared memory, m: 5 bytes of local memory; dynamic shared memory of 256 bytes; c: a constant.
+# the case says otherwise. s: 65 words of shared memory, m: 5 bytes of local memory, c: a constant.
 STORE = "\nst.global.u32 [%x1], %r1;"
 OWN = "mov.u32 %r9, s; mad.lo.u32 %r9, %t, 4, %r9;\n"     # %r9: the thread's word of s
 WRITE = OWN + "ld.global.u32 %r1, [%x0]; st.shared.u32 [%r9], %r1;"
@@ -40,6 +40,8 @@ PLANTED = {
                                        "ld.shared.u32 %r1, [%r9];\nst.global.u32 [%x1], %r1; // caught"),
     "never_written_byte_to_global": ("uninitialised", SHUT + OWN + "st.shared.u16 [%r9], 1; st.shared.u8 [%r9+<<2|3>>], 1; "
                                      "ld.shared.u8 %r1, [%r9+3];" + STORE + " // caught"),
+    "never_written_part_of_a_word_to_global": ("uninitialised", OWN + "st.shared.u16 [%r9], 1; st.shared.<<u8|u16>> [%r9+2], 1;"
+                                               "ld.shared.u32 %r1, [%r9];" + STORE + " // caught"),
     "never_written_shared_to_branch": ("uninitialised", OWN + "<<//|>> st.shared.u32 [%r9], 1;\n"
                                        "ld.shared.u32 %r1, [%r9]; setp.eq.u32 %p2, %r1, 0;\n@%p2 bra L; // caught\nL:"),
     "never_written_shared_to_predicate": ("uninitialised", OWN + "<<//|>> st.shared.u32 [%r9], 1;\n"
@@ -51,12 +53,15 @@ PLANTED = {
     "never_written_shared_to_atomic": ("uninitialised", "setp.eq.u32 %p1, %t, 0; <<//|>> @%p1 st.shared.u32 [s], 0;\n"
                                        "bar.sync 0;\nred.shared.add.u32 [s], 1; // caught"),
     "never_written_selection_to_global": ("uninitialised", OWN + "<<//|>> st.shared.u32 [%r9], 0;\n"
-                                        "ld.shared.u32 %r1, [%r9]; setp.eq.u32 %p2, %r1, 7; selp.u32 %r1, 1, 2, %p2;" + STORE + " // caught"),
+                                        "ld.shared.u32 %r1, [%r9]; setp.eq.u32 %p2, %r1, 7; selp.u32 %r1, 1, 2, %p2;" +
+                                          STORE + " // caught"),
     "never_written_local_to_global": ("uninitialised", "<<//|>> st.local.u8 [m+3], 1;\nst.local.u16 [m], 1; "
                                       "st.local.u8 [m+2], 1; ld.local.u32 %r1, [m];" + STORE + " // caught"),
     "never_written_through_local_to_global": ("uninitialised", OWN + "<<//|>> st.shared.u32 [%r9], 1;\n"
-                                              "ld.shared.u32 %r2, [%r9]; st.local.u32 [m], %r2; ld.local.u32 %r1, [m];" + STORE + " // caught"),
-    "never_written_through_shared_to_global": ("uninitialised", OWN + "<<//|>> mov.u32 %r2, 1;\nst.shared.u32 [%r9], 1; st.shared.u32 [%r9], %r2;"
+                                              "ld.shared.u32 %r2, [%r9]; st.local.u32 [m], %r2; ld.local.u32 %r1, [m];" +
+                                              STORE + " // caught"),
+    "never_written_through_shared_to_global": ("uninitialised", OWN + "<<//|>> mov.u32 %r2, 1;\n"
+                                               "st.shared.u32 [%r9], 1; st.shared.u32 [%r9], %r2; "
                                                "ld.shared.u32 %r1, [%r9];" + STORE + " // caught"),
     "never_written_register_to_global": ("uninitialised", SHUT + "<<@!%p1|>> mov.u32 %r1, 1;" + STORE + " // caught"),
     "undefined_buffer_to_global": ("uninitialised", "ld.global.u32 %r1, [<<%x1|%x0>>];" + STORE + " // caught"),
@@ -98,7 +103,8 @@ SEEDS = 3
 
 
 def planted_options(words=64, **options):
-    shape = dict(block=64, written={1}, fresh={1}, variables=".shared .align 16 .b8 s[260]; .local .b8 m[5];", module_variables=".const .u32 c = 1;")
+    shape = dict(block=64, written={1}, fresh={1}, variables=".shared .align 16 .b8 s[260]; .local .b8 m[5];",
+                 module_variables=".const .u32 c = 1;")
     return [np.arange(words, dtype=np.uint32), np.zeros(64, np.uint32)], shape | options
 
 
