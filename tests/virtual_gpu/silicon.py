@@ -2,8 +2,10 @@
 so confirm what it says instructions do. Reports and counters are the virtual GPU's alone."""
 import contextlib
 import ctypes
+import re
 
 import numpy as np
+import pytest
 
 import vgpu
 
@@ -13,7 +15,7 @@ class DriverError(Exception):
 
 
 class Gpu:
-    """Device 0. `arch` must not be newer than it; the schedule is the hardware's, so the other settings do nothing."""
+    """Device 0. Code for a newer one skips the test. The schedule is the hardware's, so the settings do nothing."""
     virtual = False
 
     def __init__(self, arch=90, seed=0, random_completion=False, **settings):
@@ -22,6 +24,7 @@ class Gpu:
         self.call("cuInit", 0)
         device, context = ctypes.c_int(), ctypes.c_void_p()
         self.call("cuDeviceGet", ctypes.byref(device), 0)
+        self.capability = [self.attribute(device, which) for which in (75, 76)]  # COMPUTE_CAPABILITY_MAJOR, _MINOR
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self.call("cuCtxSetCurrent", context)
 
@@ -29,7 +32,16 @@ class Gpu:
         if status := getattr(self.cuda, name)(*args):
             raise DriverError(f"{name}: error {status}")
 
+    def attribute(self, device, which):
+        value = ctypes.c_int()
+        self.call("cuDeviceGetAttribute", ctypes.byref(value), which, device)
+        return value.value
+
     def module(self, ptx):
+        target, specific = re.search(r"^\.target sm_(\d+)(a?)", ptx, re.M).groups()
+        wanted, here = int(target), self.capability[0] * 10 + self.capability[1]
+        if here < wanted or (specific and here != wanted):
+            pytest.skip(f"needs compute capability {target}{specific}, this device has {here}")
         return Module(self, ptx)
 
     @contextlib.contextmanager
