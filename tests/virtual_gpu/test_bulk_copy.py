@@ -129,6 +129,7 @@ CASES = [(shape, box, dtype, pad, swizzle) for shape, box, dtype, pad in SHAPES 
          if not swizzle or box[-1] * np.dtype(dtype).itemsize == swizzle]
 
 
+@pytest.mark.on_silicon
 @pytest.mark.parametrize("direction", ["load", "store"])
 @pytest.mark.parametrize("shape, box, dtype, pad, swizzle", CASES,
                          ids=[f"{s}-{b}-{np.dtype(d).name}-{w}" for s, b, d, _, w in CASES])
@@ -192,6 +193,7 @@ def aligned(array, to=128):
     return view
 
 
+@pytest.mark.on_silicon
 @MODES
 @pytest.mark.parametrize("nbytes", [128, 384, 512])
 def test_bulk(nbytes, seed, random_completion):

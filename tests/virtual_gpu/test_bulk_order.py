@@ -39,6 +39,7 @@ def run_back(kernel, seed=0, random_completion=False):
     np.testing.assert_array_equal(out, x + np.uint32(1))
 
 
+@pytest.mark.on_silicon
 @MODES
 def test_there_and_back(seed, random_completion):
     run_back(BACK, seed, random_completion)

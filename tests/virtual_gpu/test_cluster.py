@@ -31,6 +31,7 @@ mul.lo.u32 i, i, {len(SPECIAL)}; mul.wide.u32 o, i, 4; add.u64 o, out, o;
 """)
 
 
+@pytest.mark.on_silicon
 @pytest.mark.parametrize("directive", [False, True])
 @pytest.mark.parametrize("grid, cluster", [
     ((4, 1, 1), (2, 1, 1)), ((4, 4, 6), (2, 2, 3)), ((8, 2, 1), (8, 2, 1)), ((3, 2, 4), (1, 1, 2)), ((2, 2, 2), (1, 1, 1))])
@@ -94,6 +95,7 @@ def run_shared(kernel, seed=0, size=4, clusters=2):
     np.testing.assert_array_equal(out, first + 7 * first[neighbour(-2)])
 
 
+@pytest.mark.on_silicon
 @SIZES
 @pytest.mark.parametrize("kernel", [SHARED, GENERIC, SYMBOL], ids=["shared::cluster", "generic", "symbol"])
 def test_shared_memory(kernel, size):
@@ -173,6 +175,7 @@ def run_signals(kernel, seed=0, size=4, rounds=3):
     np.testing.assert_array_equal(out, sum(100 * k + 10 * r + np.arange(32) for k in range(rounds) for r in range(size)))
 
 
+@pytest.mark.on_silicon
 @SIZES
 def test_signals(size):
     for seed in range(3):

@@ -68,6 +68,7 @@ def run_ring(kernel, seed=0, random_completion=False, rounds=11):
     np.testing.assert_array_equal(out, x.sum(0, dtype=np.uint32)[np.arange(64) ^ 37])
 
 
+@pytest.mark.on_silicon
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("how", ["try_wait.parity", "test_wait.parity", "test_wait.parity.acquire.cluster"])
 @pytest.mark.parametrize("arrive", ARRIVE)
@@ -146,6 +147,7 @@ def run_states(kernel, seed=0, random_completion=False, rounds=9):
     np.testing.assert_array_equal(out, wanted.astype(np.uint32))
 
 
+@pytest.mark.on_silicon
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("how", ["test_wait", "try_wait", "try_wait.acquire.cta"])
 def test_states(how, seed):
@@ -188,6 +190,7 @@ def run_bytes(kernel, seed=0, random_completion=False):
     np.testing.assert_array_equal(out, [0] + [102101] * 95)
 
 
+@pytest.mark.on_silicon
 @MODES
 def test_transactions(seed, random_completion):
     run_bytes(BYTES, seed, random_completion)
@@ -291,6 +294,7 @@ def run_copies(kernel, seed=0, random_completion=False, fresh=()):
     np.testing.assert_array_equal(out, (x * np.array([1, 3, 5, 0], np.uint32)).sum((0, 2), dtype=np.uint32)[np.arange(64) ^ 21])
 
 
+@pytest.mark.on_silicon
 @pytest.mark.parametrize("random_completion", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kernel", [COPIES, WITH_INC, GENERIC], ids=["noinc", "inc and an arrival", "generic address"])

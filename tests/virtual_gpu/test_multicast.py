@@ -50,6 +50,7 @@ def run_multicast(kernel, seed=0, random_completion=False, masks=(3, 3), **more)
     np.testing.assert_array_equal(out, np.reshape(wanted, (size, 4096)))
 
 
+@pytest.mark.on_silicon
 @MODES
 @pytest.mark.parametrize("arrive", ["arrive", "arrive.release", "arrive.relaxed"])
 @pytest.mark.parametrize("masks", [(3, 3), (2, 0), (2, 1), (15, 15, 15, 15), (0b1010, 0, 0, 0), (0b0110, 0b0001, 0b1000, 0b1110)])

@@ -148,6 +148,7 @@ def image_bytes(*layouts):
     return sum(x.bytes for x in layouts)
 
 
+@pytest.mark.on_silicon
 @pytest.mark.parametrize("kind, accumulator", [("bf16", "f32"), ("f16", "f32"), ("f16", "f16")])
 def test_shapes(kind, accumulator):
     """Every N, K-major, swizzled by 32 bytes; the product replaces D or adds to it."""
@@ -161,6 +162,7 @@ MAJORS = [(k_major, swizzle) for k_major in (True, False) for swizzle in (0, 32,
 NAMES = [f"{'K' if k_major else 'MN'}{swizzle}" for k_major, swizzle in MAJORS]
 
 
+@pytest.mark.on_silicon
 @pytest.mark.parametrize("b_form", MAJORS, ids=NAMES)
 @pytest.mark.parametrize("a_form", [*MAJORS, None], ids=[*NAMES, "registers"])
 def test_layouts(a_form, b_form):
@@ -174,6 +176,7 @@ def test_layouts(a_form, b_form):
         run_product(kernel, which, 64, 64, kind, accumulator, a, b, accumulate=which % 2)
 
 
+@pytest.mark.on_silicon
 @pytest.mark.parametrize("b_form", MAJORS, ids=NAMES)
 def test_widths(b_form):
     for n in (8, 16, 24, 64, 96, 128, 136, 192, 256):
@@ -183,6 +186,7 @@ def test_widths(b_form):
         run_product(product(n, 4, transposes=(1, int(not b.k_major)), nbytes=image_bytes(a, b)), n, n, 64, a=a, b=b)
 
 
+@pytest.mark.on_silicon
 @pytest.mark.parametrize("scales, accumulate, start, factor", [
     (("p", "1"), 0, 0, 1), (("p", "1"), 1, 1, 1), (("!p", "1"), 1, 0, 1), (("!p", "p"), 1, 0, 1), (("1", "1"), 0, 1, 1),
     (("0", "1"), 1, 0, 1)])
