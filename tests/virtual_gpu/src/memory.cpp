@@ -168,7 +168,12 @@ int strength(uint8_t flags) { return !(flags & kStrong) ? 0 : flags & kBlockScop
 // Whether an earlier access still matters behind a later one: it races with some that the later one does not race with.
 bool outlives(const Access &earlier, const Actor &later) { return strength(earlier.flags) < strength(later.flags); }
 
-constexpr size_t kMostReaders = 16;  // beyond these the oldest is forgotten
+constexpr size_t kMost = 16;  // accesses of a cell; beyond these the oldest is forgotten
+
+void push(std::vector<Access> &more, const Access &access) {
+  if (more.size() >= kMost) more.erase(more.begin());
+  more.push_back(access);
+}
 
 }  // namespace
 
@@ -194,14 +199,18 @@ void Shadow::record_read(Cell &cell, uint8_t bytes, const Actor &actor) {
     cell.read = made_by(actor, bytes, false);
     return;
   }
-  std::vector<Access> &more = overflow(cell);
-  if (more.size() >= kMostReaders) more.erase(more.begin());
-  more.push_back(made_by(actor, bytes, false));
+  push(overflow(cell), made_by(actor, bytes, false));
 }
 
 void Shadow::record_write(Cell &cell, uint8_t bytes, const Actor &actor) {
+  Access now = made_by(actor, bytes, true);
   const auto trim = [&](Access &access) {  // what is overwritten mostly no longer matters
     if (outlives(access, actor)) return;
+    // Atomics need no order among them, so an ordinary access may be ordered behind the later one alone.
+    if (access.lanes && access.flags & actor.flags & kStrong && access.flags & bytes && !happened_before(access, actor.clock, actor)) {
+      if (!same_warp(access, actor) || access.epoch != now.epoch || access.flags != now.flags) return;
+      now.lanes |= access.lanes;
+    }
     access.flags = (uint8_t)(access.flags & ~bytes);
     if (!(access.flags & kBytes)) access.lanes = 0;
   };
@@ -212,8 +221,8 @@ void Shadow::record_write(Cell &cell, uint8_t bytes, const Actor &actor) {
     more.erase(std::remove_if(more.begin(), more.end(), [](const Access &a) { return !a.lanes; }), more.end());
   }
   trim(cell.write);
-  if (cell.write.lanes) overflow(cell).push_back(cell.write);  // other bytes of the cell keep their writer
-  cell.write = made_by(actor, bytes, true);
+  if (cell.write.lanes) push(overflow(cell), cell.write);  // other bytes of the cell keep their writer
+  cell.write = now;
   cell.valid |= bytes;
   ++actor.launch->changes;
 }
