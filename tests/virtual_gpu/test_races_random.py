@@ -1,5 +1,5 @@
-"""Random kernels of accesses and barriers: the virtual GPU reports a race if and only if, by vector clocks computed here, two accesses
-of different threads to a common byte, one of them a write and not both atomic, are unordered; and only at statements that have one."""
+"""Random kernels of accesses and barriers: the virtual GPU reports a race if and only if two accesses of different threads to a common
+byte, one of them a write and not both atomic, are unordered by vector clocks computed here; and only at statements that have one."""
 import numpy as np
 import pytest
 
@@ -7,11 +7,12 @@ import vgpu
 from raw_ptx import run
 
 WARPS, THREADS = 3, 96
+SHARED = ".shared .align 16 .b8 s[1536];"
 ORDERS = ("bar.sync 0;", "bar.sync 0;", "bar.warp.sync -1;", "bar.sync {}, 64;", "bar.arrive {}, 96;", "bar.warp.sync %r3;")
 
 
 def random_program(rng):
-    """Statements: ("ld" | "st" | "red", bytes, offset of each thread or -1), or (one of ORDERS, the warp that stays away or waits, None)."""
+    """Statements: ("ld", "st" or "red"; bytes; offset of each thread, or -1), or (one of ORDERS, the warp that stays away or waits, None)."""
     program, own = [], rng.choice([4, 8, 16])
     for i in range(rng.integers(4, 14)):
         if i % 2 if rng.random() < 0.9 else rng.random() < 0.5:
@@ -41,7 +42,8 @@ def ptx_of(program):
             continue
         data = {1: "u8 {}", 2: "u16 {}", 4: "u32 {}", 8: "u64 {}", 16: "v2.u64 {}"}[size]
         what = {"ld": f"ld.shared.{data.format({1: '%h1', 2: '%h1', 4: '%r4', 8: '%l4', 16: '{%l4, %l5}'}[size])}, [%r2];",
-                "st": f"st.shared.{data.split()[0]} [%r2], {'{0, 0}' if size == 16 else 0};", "red": "red.shared.add.u32 [%r2], 1;"}[kind]
+                "st": f"st.shared.{data.split()[0]} [%r2], {'{0, 0}' if size == 16 else 0};",
+                "red": "red.shared.add.u32 [%r2], 1;"}[kind]
         lines.append(f"ld.global.u32 %r1, [%x0+{i * THREADS * 4}]; setp.ne.u32 %p1, %r1, -1; add.u32 %r2, %r1, %r8; @%p1 {what}")
     return "\n".join(["mov.u32 %r8, s; mad.lo.u32 %r7, %t, 16, %r8; st.shared.v2.u64 [%r7], {0, 0};"
                       "and.b32 %r3, %lane, 1; shl.b32 %r3, 0x55555555, %r3; bar.sync 0;", *lines])
@@ -49,7 +51,7 @@ def ptx_of(program):
 
 def racy_statements(program):
     """Indices of the statements that have an access in a race."""
-    clock, known, racy = np.ones(THREADS, int), np.eye(THREADS, dtype=int), set()  # known[t, u]: what t knows of u; own entries are its time
+    known, racy = np.eye(THREADS, dtype=int), set()  # known[t, u]: what t knows of u; its own entry is its time
     history = [[] for _ in range(2048)]  # of each byte: (statement, thread, its time, write, atomic)
 
     def meet(givers, takers):
@@ -95,7 +97,7 @@ def test_races(number):
     offsets = np.array([np.full(THREADS, -1) if x is None else x for _, _, x in program], np.int32).view(np.uint32)
     for seed in range(3):
         try:
-            run(ptx_of(program), offsets, block=THREADS, seed=seed, variables=".shared .align 16 .b8 s[1536];", options=dict(max_reports=1000))
+            run(ptx_of(program), offsets, block=THREADS, seed=seed, variables=SHARED, options=dict(max_reports=1000))
             found = set()
         except vgpu.Failure as failure:
             assert {r["kind"] for r in failure.reports} == {"race"}, str(failure)
