@@ -1,6 +1,7 @@
 // cp.async (PTX ISA 9.7.9.25.3), and completion of whatever is in flight.
 #include "async.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "decode.h"
@@ -275,19 +276,29 @@ bool complete_some(Launch &launch) {
     size_t bulk;
     Warp *warp;
     size_t index;
+    WarpGroup *group;
   };
   std::vector<Choice> choices;
   const bool any = launch.options.random_completion;
   for (size_t i = 0; i < launch.queue.bulk.size(); ++i)
-    if (any || !launch.queue.bulk[i]->store) choices.push_back({i, nullptr, 0});
+    if (any || !launch.queue.bulk[i]->store) choices.push_back({i, nullptr, 0, nullptr});
   for (auto &c : launch.clusters)
-    for (auto &cta : c->ctas)
+    for (auto &cta : c->ctas) {
       for (auto &warp : cta->warps)
         for (size_t i = 0; i < warp->async.copies.size(); ++i)
-          if ((any && !warp->async.copies[i].done) || warp->async.copies[i].arrive) choices.push_back({0, warp.get(), i});
+          if ((any && !warp->async.copies[i].done) || warp->async.copies[i].arrive) choices.push_back({0, warp.get(), i, nullptr});
+      for (auto &group : cta->groups) {
+        const auto issued = [&](const Warp *w) { return w->matrix.issued > group->completed; };
+        if (any && std::all_of(group->warps.begin(), group->warps.end(), issued)) choices.push_back({0, nullptr, 0, group.get()});
+      }
+    }
   if (choices.empty()) return false;
   const Choice c = choices[launch.random() % choices.size()];
   ++launch.changes;
+  if (c.group) {
+    run_product(*c.group);
+    return true;
+  }
   if (!c.warp) {
     const std::unique_ptr<BulkCopy> copy = std::move(launch.queue.bulk[c.bulk]);
     launch.queue.bulk.erase(launch.queue.bulk.begin() + (long)c.bulk);

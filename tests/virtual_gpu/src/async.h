@@ -100,6 +100,8 @@ struct WarpGroup {
   uint64_t completed = 0;                 // products done for all four
 };
 
+void run_product(WarpGroup &group);     // the next one, which all four warps have issued
+
 // Operands of an ordinary instruction against products in flight; notes what it accesses.
 void wgmma_check(Warp &warp, const Inst &in);
 

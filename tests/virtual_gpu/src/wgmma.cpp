@@ -1,6 +1,6 @@
 // wgmma (PTX ISA 9.7.15: fragments 9.7.15.5.1.1, shared memory layouts and descriptors 9.7.15.5.1.2, mma_async 9.7.15.5.2, fence,
 // commit_group and wait_group 9.7.15.7). A product runs when the first of its four warps waits for it, all having
-// issued it; until its own wait, no warp may touch its accumulators.
+// issued it (or before, if completion is random); until its own wait, no warp may touch its accumulators.
 #include <algorithm>
 #include <cstring>
 
@@ -133,32 +133,6 @@ void multiply(Warp &w, const WgmmaOp &op, const std::vector<float> &b, const std
 }
 
 WarpGroup &group_of(Warp &w) { return *w.cta->groups[(size_t)w.index / 4]; }
-
-// Runs the warpgroup's next product. All four warps have issued it.
-void run_product(WarpGroup &group) {
-  const uint64_t number = group.completed++;
-  std::vector<float> b;
-  std::vector<bool> b_poison;
-  bool read = false;
-  for (Warp *w : group.warps)
-    for (WgmmaOp &op : w->matrix.pending) {
-      if (op.number != number) continue;
-      const Shape shape(*op.inst);
-      if (!read) read_tile(*w->cta, Descriptor(op.b_descriptor), op.inst->type, !shape.trans_b, 0, shape.n, b, b_poison);
-      read = true;
-      multiply(*w, op, b, b_poison);
-      // Its reads are the warpgroup's: whoever has waited for it knows of all of them.
-      const Actor reader = {&w->launch(), w, op.inst, nullptr, nullptr, w->cta->index, (uint32_t)number + 1, 1u << w->index / 4,
-                            (uint8_t)(w->cta->warps.size() + kAgents / 32)};
-      Shadow &shadow = w->cta->shared.shadow;
-      for (const Piece &p : op.reads) {
-        shadow.in_flight(&w->cta->shared.cells[p.shared / 4], p.shared, p.bytes, false, -1);
-        shadow.record(&w->cta->shared.cells[p.shared / 4], p.shared, p.bytes, false, reader);
-      }
-      op.reads.clear();
-    }
-  ++group.warps[0]->launch().changes;
-}
 
 // The whole warp, here and now; false if some lanes are not here yet.
 bool whole(Warp &w, Fragment &f, const Inst &in, std::vector<Fragment *> &all, Flow *flow) {
@@ -321,6 +295,31 @@ Flow group_control(Warp &w, Fragment &f, const Inst &in) {
 }
 
 }  // namespace
+
+void run_product(WarpGroup &group) {
+  const uint64_t number = group.completed++;
+  std::vector<float> b;
+  std::vector<bool> b_poison;
+  bool read = false;
+  for (Warp *w : group.warps)
+    for (WgmmaOp &op : w->matrix.pending) {
+      if (op.number != number) continue;
+      const Shape shape(*op.inst);
+      if (!read) read_tile(*w->cta, Descriptor(op.b_descriptor), op.inst->type, !shape.trans_b, 0, shape.n, b, b_poison);
+      read = true;
+      multiply(*w, op, b, b_poison);
+      // Its reads are the warpgroup's: whoever has waited for it knows of all of them.
+      const Actor reader = {&w->launch(), w, op.inst, nullptr, nullptr, w->cta->index, (uint32_t)number + 1, 1u << w->index / 4,
+                            (uint8_t)(w->cta->warps.size() + kAgents / 32)};
+      Shadow &shadow = w->cta->shared.shadow;
+      for (const Piece &p : op.reads) {
+        shadow.in_flight(&w->cta->shared.cells[p.shared / 4], p.shared, p.bytes, false, -1);
+        shadow.record(&w->cta->shared.cells[p.shared / 4], p.shared, p.bytes, false, reader);
+      }
+      op.reads.clear();
+    }
+  ++group.warps[0]->launch().changes;
+}
 
 void wgmma_check(Warp &w, const Inst &in) {
   WarpMatrix &m = w.matrix;
