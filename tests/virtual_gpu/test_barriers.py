@@ -243,6 +243,7 @@ WAIT: {wait}
 mad.wide.u32 %l1, %t, 4, %a0; ld.global.u32 %r1, [%l1]; add.u32 %r1, %r1, 1; st.global.u32 [%l1+128], %r1; // caught"""
 SPIN = "L: ld.{}.global.u32 %r2, [%a1]; setp.eq.u32 %p3, %r2, 0; @%p3 bra L;"
 ONE = "@!%p2 bra M;\n" + SPIN.format("acquire.gpu") + "\nM: bar.sync 0;"
+VOLATILE_ONE = "@!%p2 bra M;\n" + SPIN.format("volatile") + "\nM: bar.sync 0;"
 FLAGS = {
     "release_acquire": ("bar.warp.sync -1; @%p2 st.release.gpu.global.u32 [%a1], 1;", SPIN.format("acquire.gpu"), True),
     "volatile_and_fences": ("bar.sync 0; membar.gl; @%p2 st.volatile.global.u32 [%a1], 1;",
@@ -252,6 +253,10 @@ FLAGS = {
                                    ONE.replace("setp", "nanosleep.u32 40; setp"), True),
     "exchange": ("bar.sync 0; membar.gl; @%p2 atom.global.exch.b32 %r3, [%a1], 1;",
                  "L: atom.global.or.b32 %r2, [%a1], 0; setp.eq.u32 %p3, %r2, 0; @%p3 bra L;\nmembar.gl;", True),
+    # All fence what they wrote and meet, one sets the flag; one sees it, they meet, all fence.
+    "all_fence_and_meet": ("membar.gl; bar.sync 0; @%p2 st.volatile.global.u32 [%a1], 1;", VOLATILE_ONE + " membar.gl;", True),
+    "all_meet_behind": ("membar.gl; bar.sync 0; @%p2 st.volatile.global.u32 [%a1], 1;", VOLATILE_ONE, False),
+    "all_meet_before": ("bar.sync 0; @%p2 st.volatile.global.u32 [%a1], 1;", VOLATILE_ONE + " membar.gl;", False),
     "no_barrier_before_the_flag": ("@%p2 st.release.gpu.global.u32 [%a1], 1;", SPIN.format("acquire.gpu"), False),
     "relaxed_store": ("bar.sync 0; @%p2 st.relaxed.gpu.global.u32 [%a1], 1;", SPIN.format("acquire.gpu"), False),
     "relaxed_load": ("bar.sync 0; @%p2 st.release.gpu.global.u32 [%a1], 1;", SPIN.format("relaxed.gpu"), False),

@@ -204,9 +204,9 @@ PLANTED = {
     "lane_outside_its_mask": ("divergent-collective", "setp.eq.u32 %p1, %lane, 1; mov.u32 %r2, <<0x7fffffff|-1>>;\n"
                               "vote.sync.ballot.b32 %r3, %p1, %r2; // caught"),
     "shuffle_from_a_lane_outside_the_mask": ("uninitialised", HALF + "@!%p1 exit; mov.u32 %r1, 1;\n"
-                                        "shfl.sync.down.b32 %r2, %r1, <<8|0>>, 31, 0xffff; // caught"),
-    "shuffle_from_a_lane_that_never_was": ("uninitialised", "mov.u32 %r1, 1;\nshfl.sync.bfly.b32 %r2, %r1, <<16|4>>, 31, -1; "
-                                        "// caught", dict(block=24)),
+                                        "shfl.sync.down.b32 %r2, %r1, <<8|0>>, 31, 0xffff;\nst.global.u32 [%x0], %r2; // caught"),
+    "shuffle_from_a_lane_that_never_was": ("uninitialised", "mov.u32 %r1, 1;\nshfl.sync.bfly.b32 %r2, %r1, <<16|4>>, 31, -1;\n"
+                                        "st.global.u32 [%x0], %r2; // caught", dict(block=24)),
     "shuffle_of_an_undefined_value": ("uninitialised", "setp.eq.u32 %p1, %lane, <<3|33>>; @!%p1 mov.u32 %r1, 1; "
                                       "shfl.sync.idx.b32 %r2, %r1, 3, 31, -1;\nst.global.u32 [%x0], %r2; // caught"),
     "shuffle_by_an_undefined_lane": ("uninitialised", "<<//|>> mov.u32 %r2, 1;\nmov.u32 %r1, 1;\n"

@@ -17,10 +17,12 @@ void complete(Cta &cta, int id) {
   NamedBarrier &b = cta.barriers.named[id];
   const Ref<Clock> clock = b.clock.freeze(), fenced = b.fenced.empty() ? Ref<Clock>() : b.fenced.freeze();
   const std::vector<Waiting> waiting = std::move(b.waiting);
+  ClockBuilder released = b.released, pending = b.pending;
   const int true_lanes = b.true_lanes, all_lanes = b.all_lanes;
   b = NamedBarrier();
   for (const Waiting &w : waiting) {
     acquire(*w.warp, w.lanes, clock, fenced);
+    share_fences(*w.warp, w.lanes, released, pending);
     if (w.inst->b >= 0) {  // bar.red
       const Slot d = w.inst->r[0];
       if (w.inst->b == 2) {
@@ -95,6 +97,7 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
     b.all_lanes += __builtin_popcount(part->mask);
   }
   release(w, required, b.clock, b.fenced);
+  gather_fences(w, required, b.released, b.pending);
   ++w.launch().changes;
   if (in.a == 1) {
     for (Fragment *part : all)

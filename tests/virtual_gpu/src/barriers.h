@@ -31,7 +31,7 @@ struct NamedBarrier {
   int expected = -1;              // threads of the current phase; 0: all warps of the block that have not exited; -1: no arrival yet
   int arrived = 0;
   std::vector<Waiting> waiting;
-  ClockBuilder clock, fenced;
+  ClockBuilder clock, fenced, released, pending;
   const Inst *first = nullptr;    // the first to arrive
   const Warp *first_warp = nullptr;
   int true_lanes = 0, all_lanes = 0;  // bar.red

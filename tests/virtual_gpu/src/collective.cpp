@@ -66,8 +66,7 @@ void shfl(Warp &w, const Inst *const *insts, Mask lanes) {
     int j = in.a == 0 ? lane - b : in.a == 1 ? lane + b : in.a == 2 ? lane ^ b : min_lane | (b & ~segment);
     const bool in_range = in.a == 0 ? j >= max_lane : j <= max_lane;
     if (!in_range) j = lane;
-    const bool there = lanes >> j & 1;
-    if (!there) check_poison(w, in, 1u << lane, "a shuffle: the value of a lane that does not take part");
+    const bool there = lanes >> j & 1;  // the value of a lane that takes no part is undefined
     put(w, in.r[0], lane, there ? source[j] : 0xbadbad00u, !there || poison >> j & 1);
     put_predicate(w, in.r[1], lane, in_range);
   }
@@ -151,9 +150,11 @@ void elect(Warp &w, const Inst *const *insts, Mask lanes) {
 
 // Orders memory among the lanes that take part (PTX ISA 9.7.13.2).
 void sync_warp(Warp &w, const Inst *const *, Mask lanes) {
-  ClockBuilder clock, fenced;
+  ClockBuilder clock, fenced, released, pending;
+  gather_fences(w, lanes, released, pending);
   release(w, lanes, clock, fenced);
   acquire(w, lanes, clock.freeze(), fenced.empty() ? Ref<Clock>() : fenced.freeze());
+  share_fences(w, lanes, released, pending);
 }
 
 const Compute kCompute[] = {shfl, vote, match, redux, elect, sync_warp};

@@ -70,25 +70,42 @@ void release(Warp &warp, Mask lanes, ClockBuilder &clock, ClockBuilder &fenced) 
   ++warp.epoch;
 }
 
-void acquire(Warp &warp, Mask lanes, const Ref<Clock> &clock, const Ref<Clock> &fenced) {
-  const auto take = [&](Ref<Clock> Lane::*which, const Ref<Clock> &other) {
-    if (!other) return;
-    Ref<Clock> before, after;  // lanes mostly hold the same clock: join it once
-    for (Mask m = lanes; m; m &= m - 1) {
-      Ref<Clock> &mine = warp.lanes[(size_t)__builtin_ctz(m)].*which;
-      if (mine == other) continue;
-      if (!after || !(mine == before)) {
-        ClockBuilder builder;
-        builder.join(other);
-        builder.join(mine);
-        before = mine;
-        after = builder.freeze();
-      }
-      mine = after;
+namespace {
+
+void take(Warp &warp, Mask lanes, Ref<Clock> Lane::*which, const Ref<Clock> &other) {
+  if (!other) return;
+  Ref<Clock> before, after;  // lanes mostly hold the same clock: join it once
+  for (Mask m = lanes; m; m &= m - 1) {
+    Ref<Clock> &mine = warp.lanes[(size_t)__builtin_ctz(m)].*which;
+    if (mine == other) continue;
+    if (!after || !(mine == before)) {
+      ClockBuilder builder;
+      builder.join(other);
+      builder.join(mine);
+      before = mine;
+      after = builder.freeze();
     }
-  };
-  take(&Lane::clock, clock);
-  take(&Lane::fenced, fenced);
+    mine = after;
+  }
+}
+
+}  // namespace
+
+void acquire(Warp &warp, Mask lanes, const Ref<Clock> &clock, const Ref<Clock> &fenced) {
+  take(warp, lanes, &Lane::clock, clock);
+  take(warp, lanes, &Lane::fenced, fenced);
+}
+
+void gather_fences(const Warp &warp, Mask lanes, ClockBuilder &released, ClockBuilder &pending) {
+  for (Mask m = lanes; m; m &= m - 1) {
+    released.join(warp.lanes[(size_t)__builtin_ctz(m)].released);
+    pending.join(warp.lanes[(size_t)__builtin_ctz(m)].pending);
+  }
+}
+
+void share_fences(Warp &warp, Mask lanes, ClockBuilder &released, ClockBuilder &pending) {
+  if (!released.empty()) take(warp, lanes, &Lane::released, released.freeze());
+  if (!pending.empty()) take(warp, lanes, &Lane::pending, pending.freeze());
 }
 
 // ------------------------------------------------------------------------------------------------------ fragments

@@ -166,6 +166,10 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
 // Clock of a release by lanes of a warp: what they know and all they did. The warp enters a new epoch.
 void release(Warp &warp, Mask lanes, ClockBuilder &clock, ClockBuilder &fenced);
 void acquire(Warp &warp, Mask lanes, const Ref<Clock> &clock, const Ref<Clock> &fenced);
+// What fences published and what relaxed reads saw goes through the barriers of a block too: all threads write and fence, they
+// meet, one sets the flag; one sees it, they meet, all fence and read.
+void gather_fences(const Warp &warp, Mask lanes, ClockBuilder &released, ClockBuilder &pending);
+void share_fences(Warp &warp, Mask lanes, ClockBuilder &released, ClockBuilder &pending);
 
 // Poison that must not matter: reports it for the lanes of `poison & mask` and returns whether there was any.
 bool check_poison(Warp &warp, const Inst &in, Mask poison, const char *what);

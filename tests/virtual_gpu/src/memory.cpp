@@ -117,8 +117,8 @@ void Shadow::record(Cell *cell, uint64_t address, unsigned bytes, bool write, co
 
 void Shadow::in_flight(Cell *cell, uint64_t address, unsigned bytes, bool write, int change) {
   for_cells(cell, address, bytes, [&](Cell &c, uint8_t, uint64_t) {
-    uint8_t &count = write ? c.writes_in_flight : c.reads_in_flight;
-    count = (uint8_t)(count + change);
+    uint16_t &count = write ? c.writes_in_flight : c.reads_in_flight;
+    count = (uint16_t)(count + change);
   });
 }
 

@@ -32,7 +32,7 @@ struct Cell {
   Access write, read;       // the last ones
   uint32_t more = 0;        // 1 + index into Shadow::overflow, for readers and sub-word writers beyond these
   uint8_t valid = 0;        // bytes that hold a defined value
-  uint8_t reads_in_flight = 0, writes_in_flight = 0;
+  uint16_t reads_in_flight = 0, writes_in_flight = 0;
 };
 
 // Stands for all blocks of the launch before, if this one was allowed to start before its end (griddepcontrol).
