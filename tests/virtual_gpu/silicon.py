@@ -50,7 +50,7 @@ class Gpu:
         made = {}
         for name, array, writable, initialised in arrays:
             address, size = vgpu.memory_of(array)
-            if not size or address in self.arrays:
+            if not size or address in self.arrays or address in made:
                 continue
             pointer = ctypes.c_uint64()
             self.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
@@ -109,7 +109,7 @@ class Module:
             if isinstance(value, vgpu.TensorMap):
                 value = vgpu.encode(gpu.cuda.cuTensorMapEncodeTiled, value, gpu.pointer(value.array))
             else:
-                value = np.array(np.uint64(gpu.pointer(value)) if isinstance(value, np.ndarray) else value)
+                value = np.array(vgpu.value_of(value, gpu.pointer))
             assert value.nbytes == size, f"an argument of {name}: {size} bytes, got {value.nbytes}"
             keep.append(value)
         attributes = (_Attribute * 2)()

@@ -131,3 +131,15 @@ def test_refused_launches():
         with pytest.raises(vgpu.LaunchError, match=why):
             mod.launch("reverse_correct", args=args, **shape)
     assert not out.any()
+    with pytest.raises(vgpu.LaunchError, match="code for sm_90a on a device of sm_80"):
+        runs.product(vgpu.Gpu(arch=80).module(vgpu.compile(SM90, "90a")), "product_correct")
+    with pytest.raises(vgpu.LaunchError, match="code for sm_90 on a device of sm_80"):
+        vgpu.Gpu(arch=80).module(vgpu.compile(SM80, "90")).launch("reverse_correct", block=256, args=args)
+    for settings in (dict(arch=70), dict(seed=-1), dict(sm_count=0), dict(colour=3)):
+        with pytest.raises(ValueError, match="there is no such setting"):
+            vgpu.Gpu(**settings).module(vgpu.compile(SM80, "80")).launch("reverse_correct", block=256, args=args)
+    for wrong in (dict(fresh={5}), dict(written={2})):
+        with pytest.raises(ValueError, match="expected indices of array arguments"):
+            mod.launch("reverse_correct", block=256, args=args, **wrong)
+    with pytest.raises(vgpu.Failure, match="out-of-range"):  # None is a null pointer
+        module(SM80).launch("reverse_correct", block=256, args=[None, out, np.int32(256)])

@@ -312,3 +312,43 @@ def test_copies_and_misuse():
         COPIES.caught(run, "uninitialised", "st.global.u32", "reaches global memory")
     ordinary = COPIES.edit(NOINC, "mbarrier.arrive.shared::cta.b64 _, [full];")
     ordinary.caught(run_copies, "in-flight", "{v, w}, [at+16]", "the copy at k.cu")
+
+
+# Two stages: the copies before the second arrival are those of both.
+TWO_STAGES = Kernel("u64 x, u64 out", f"""
+.reg .b32 one, two, at, v, w; .reg .b64 offset, from;
+add.u32 one, smem, 1024; add.u32 two, smem, 1032;
+{only("tid eq 0", "mbarrier.init.shared::cta.b64 [one], 64; mbarrier.init.shared::cta.b64 [two], 64;")}
+bar.sync 0;
+mad.lo.u32 at, tid, 4, smem; mul.wide.u32 offset, tid, 4; add.u64 from, x, offset;
+cp.async.ca.shared.global [at], [from], 4;
+cp.async.mbarrier.arrive.noinc.shared::cta.b64 [one];
+cp.async.ca.shared.global [at+256], [from+256], 4;
+cp.async.mbarrier.arrive.noinc.shared::cta.b64 [two];
+xor.b32 at, tid, 21; mad.lo.u32 at, at, 4, smem;
+{wait("one", "0")} // one
+ld.shared.u32 v, [at];
+{wait("two", "0")} // two
+ld.shared.u32 w, [at+256];
+mad.lo.u32 v, w, 3, v; add.u64 from, out, offset; st.global.u32 [from], v;
+""", shared=1040)
+
+
+def run_stages(kernel, seed=0, random_completion=False):
+    x, out = np.random.default_rng(seed).integers(0, 2**30, (2, 64), dtype=np.uint32), np.zeros(64, np.uint32)
+    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out], written={1})
+    np.testing.assert_array_equal(out, (x[0] + 3 * x[1])[np.arange(64) ^ 21])
+
+
+@pytest.mark.on_silicon
+@pytest.mark.parametrize("random_completion", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_two_stages_of_copies(seed, random_completion):
+    run_stages(TWO_STAGES, seed, random_completion)
+    first, second = wait("one", "0") + " // one\nld.shared.u32 v, [at];", wait("two", "0") + " // two"
+    late = TWO_STAGES.edit(first, "", second, second + "\nld.shared.u32 v, [at];")  # the second wait is enough
+    run_stages(late, seed, random_completion)
+
+
+def test_one_stage_of_copies_is_not_waited_for():
+    TWO_STAGES.edit(wait("two", "0") + " // two", "").caught(run_stages, "in-flight|race", "ld.shared.u32 w", "the copy|without a barrier", 2)

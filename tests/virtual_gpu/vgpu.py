@@ -78,7 +78,10 @@ def library():
 def compile(source, arch, *options):
     """PTX of a CUDA source file next to this one ("80", "90", "90a"). It is kept in build/, for machines that have a GPU and no nvcc."""
     path = Path(__file__).parent / source
-    text = "".join(p.read_text() for p in [path, *sorted((CSRC / "cuda/common").glob("ptx_*.cuh"))])
+    # All that it may include is among these; the system's headers change with nvcc.
+    text = "".join(p.read_text() for folder in (path.parent, CSRC) for p in sorted(folder.rglob("*")) if p.suffix in (".cu", ".cuh", ".h", ".inc"))
+    if shutil.which("nvcc"):
+        text += subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     kept = ROOT / "build/ptx" / f"{path.stem}.{arch}.{hashlib.sha256((text + repr(options)).encode()).hexdigest()[:16]}.ptx"
     if not kept.exists():
         command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", "-I", CSRC, f"-arch=compute_{arch}", *options, "-o", "-", path]
@@ -108,14 +111,22 @@ def one_kernel(kernels, name):
     return names[0]
 
 
+def value_of(argument, pointer):
+    """What is passed for an argument: the address of an array, 0 for None (a null pointer), else the value itself."""
+    return np.uint64(0 if argument is None else pointer(argument)) if argument is None or isinstance(argument, np.ndarray) else argument
+
+
 def three(x):
-    x = (x,) if isinstance(x, int) else tuple(x)
+    x = (int(x),) if np.ndim(x) == 0 else tuple(map(int, x))
     return (*x, *[1] * (3 - len(x)))
 
 
 def arrays_of(args, written, fresh):
     """The memory of a launch's arguments, for mapped()."""
     arrays = [(i, x.array if isinstance(x, TensorMap) else x) for i, x in enumerate(args)]
+    for i in {*(written or ()), *fresh}:
+        if not (0 <= i < len(args) and isinstance(arrays[i][1], np.ndarray)):
+            raise ValueError(f"written and fresh: expected indices of array arguments, got {i}")
     return [(f"argument {i}", x, written is None or i in written, i not in fresh) for i, x in arrays if isinstance(x, np.ndarray)]
 
 
@@ -163,7 +174,8 @@ class Gpu:
 
     def start(self):
         for name, value in self.settings.items():
-            assert self.lib.c.vgpu_set(name.encode(), int(value)) == 0, name
+            if self.lib.c.vgpu_set(name.encode(), int(value)):
+                raise ValueError(f"{name}: there is no such setting of {value!r}; architecture is 80 or 90, counts are positive")
         self.lib.c.vgpu_clear()
 
     def finish(self):
@@ -246,7 +258,7 @@ class Module:
             if isinstance(value, TensorMap):
                 value = encode(self.c.vgpu_encode_tiled, value, value.array.ctypes.data)
             else:
-                value = np.array(np.uint64(value.ctypes.data) if isinstance(value, np.ndarray) else value)
+                value = np.array(value_of(value, lambda array: array.ctypes.data))
             assert value.nbytes == size, f"argument {i} of {name}: {size} bytes, got {value.nbytes}"
             keep.append(value)
         shape = [(ctypes.c_uint32 * 3)(*x) for x in (three(grid), three(block), three(cluster) if cluster else (0, 0, 0))]

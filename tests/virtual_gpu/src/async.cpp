@@ -124,7 +124,21 @@ void finish_arrival(Warp &w, size_t i) {
     c.done ? hand_over(w, c, writer) : finish_copy(w, c, writer);
   }
   announce(*cta, *b);
+  // All of the lane's copies before it are complete: also those that earlier arrivals announced.
+  ClockBuilder landed;
+  landed.join(w.async.landed[(size_t)arrival.lane]);
+  landed.set(cta->index, cta->components(), (uint32_t)(cta->warps.size() * 32 + (size_t)b->agent), (uint32_t)b->phase + 1);
+  w.async.landed[(size_t)arrival.lane] = landed.freeze();
+  b->clock.join(w.async.landed[(size_t)arrival.lane]);
   mbarrier_arrive(*cta, *b, 1, actor(w, arrival.lane, *arrival.inst));
+}
+
+// The arrival at index i, and before it the lane's earlier ones in their order.
+void finish_arrivals(Warp &w, size_t i) {
+  std::deque<CpAsync> &all = w.async.copies;
+  const auto mine = [lane = all[i].lane](const CpAsync &c) { return c.arrive && c.lane == lane; };
+  for (auto count = std::count_if(all.begin(), all.begin() + (long)i + 1, mine); count > 0; --count)
+    finish_arrival(w, (size_t)(std::find_if(all.begin(), all.end(), mine) - all.begin()));
 }
 
 // r: destination, source, [bytes read]. in.c: bytes; in.d, in.offset: destination; in.b: source is 64-bit; in.type2 kU32 if a
@@ -314,7 +328,7 @@ bool complete_some(Launch &launch) {
   }
   std::deque<CpAsync> &all = c.warp->async.copies;
   if (all[c.index].arrive) {
-    finish_arrival(*c.warp, c.index);
+    finish_arrivals(*c.warp, c.index);
   } else {
     CpAsync &copy = all[c.index];
     finish_copy(*c.warp, copy, actor(*c.warp, copy.lane, *copy.inst));

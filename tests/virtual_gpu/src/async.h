@@ -58,6 +58,7 @@ struct WarpAsync {
   std::deque<CpAsync> copies;
   std::array<uint64_t, 32> committed{};       // cp.async groups by lane
   std::array<uint64_t, 32> bulk_committed{};  // bulk groups by lane
+  std::array<Ref<Clock>, 32> landed;          // by lane: what its cp.async.mbarrier.arrive have announced
 };
 
 struct AsyncQueue {

@@ -337,9 +337,9 @@ void Launch::start() {
     cta.y = cy * cluster[1] + rank / cluster[0] % cluster[1];
     cta.z = cz * cluster[2] + rank / cluster[0] / cluster[1];
     cta.index = cta.x + grid[0] * (cta.y + grid[1] * cta.z);
-    for (size_t i = 0; i < cta.shared.data.size(); i += 8) {  // garbage: a multiple of 16 bytes
+    for (size_t i = 0; i < cta.shared.data.size(); i += 8) {
       const uint64_t garbage = random();
-      memcpy(&cta.shared.data[i], &garbage, 8);
+      memcpy(&cta.shared.data[i], &garbage, std::min<size_t>(8, cta.shared.data.size() - i));
     }
     for (uint32_t w = 0; w < warps; ++w) {
       cta.warps.emplace_back(new Warp);

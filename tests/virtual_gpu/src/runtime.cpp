@@ -88,6 +88,9 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
     return refuse(e.what());
   }
   if (!program) return refuse("there is no such kernel for this architecture");
+  const int target = loaded.module->target;
+  if (loaded.module->arch_specific ? target != options.architecture : target > options.architecture)
+    return refuse("code for sm_" + std::to_string(target) + (loaded.module->arch_specific ? "a" : "") + " on a device of sm_" + std::to_string(options.architecture));
   Launch launch;
   launch.program = program;
   launch.options = options;
@@ -146,6 +149,7 @@ using vgpu::device;
 VGPU_API int vgpu_set(const char *name, int64_t value) {
   vgpu::Options &o = device().options;
   const std::string n = name;
+  if (value < (n == "sm_count" || n == "max_reports" || n == "instruction_limit") || (n == "architecture" && value != 80 && value != 90)) return 1;
   if (n == "architecture") o.architecture = (int)value;
   else if (n == "sm_count") o.sm_count = (int)value;
   else if (n == "seed") o.seed = (uint64_t)value;

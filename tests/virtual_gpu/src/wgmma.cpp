@@ -193,7 +193,7 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
     const Slot slot = in.r[i];
     if (m.accumulates[slot]) {
       bool chain = false;
-      for (const WgmmaOp &before : m.pending) chain |= before.inst->r[i] == slot && before.inst->a == in.a && before.inst->c == in.c;
+      for (const WgmmaOp &before : m.pending) chain |= before.inst->a == in.a && before.inst->c == in.c && before.inst->r[i] == slot;
       if (!chain) say("wgmma", "an accumulator is still in flight with another shape");
     } else if (m.accessed[slot] == m.fences + 1) {
       say("wgmma", "an accumulator was accessed by another instruction after the last wgmma.fence");
