@@ -16,9 +16,6 @@ import torch
 
 import vgpu
 
-if vgpu.missing():
-    pytest.skip(vgpu.missing(), allow_module_level=True)
-
 COUNT, BLOCK = 1600, 160  # threads of a case, of a block
 
 # ----------------------------------------------------------------------------------------------------- types and their values

@@ -6,9 +6,6 @@ import pytest
 import vgpu
 from ptx_kernel import Kernel, only, wait
 
-if vgpu.missing():
-    pytest.skip(vgpu.missing(), allow_module_level=True)
-
 MODES = pytest.mark.parametrize("seed, random_completion", [(0, False), (1, True), (2, False), (3, True)])
 
 

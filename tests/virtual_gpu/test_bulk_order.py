@@ -7,9 +7,6 @@ import vgpu
 from ptx_kernel import Kernel, wait
 from test_bulk_copy import BULK_LOAD, BULK_STORE, COMMIT, FENCE, INIT, INIT_FENCE, MODES, STORE, WAIT, aligned, gpu
 
-if vgpu.missing():
-    pytest.skip(vgpu.missing(), allow_module_level=True)
-
 # Through global memory within a kernel: what a block wrote by ordinary stores (with a proxy fence) or by a bulk store comes back.
 ORDINARY = "cvt.u64.u32 o, i; add.u64 o, out, o; ld.shared.u32 v, [a]; st.global.u32 [o], v;"
 BACK = Kernel("u64 x, u64 out, u32 bytes", f"""

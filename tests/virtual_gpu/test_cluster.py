@@ -6,9 +6,6 @@ import pytest
 import vgpu
 from ptx_kernel import Kernel, wait
 
-if vgpu.missing():
-    pytest.skip(vgpu.missing(), allow_module_level=True)
-
 SIZES = pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
 ARRIVE, WAIT = "barrier.cluster.arrive.aligned;", "barrier.cluster.wait.aligned;"
 BARRIER, LAST = f"{ARRIVE}\n{WAIT}", f"{ARRIVE} // second\n{WAIT} // last"

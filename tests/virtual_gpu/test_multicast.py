@@ -6,9 +6,6 @@ import vgpu
 from ptx_kernel import Kernel, only, wait
 from test_bulk_copy import FENCE, INIT, INIT_FENCE, MODES, gpu, make_tensor, swizzle_bytes
 
-if vgpu.missing():
-    pytest.skip(vgpu.missing(), allow_module_level=True)
-
 # Block r of a cluster loads slice r for the blocks of masks[r]; every block expects its slices and writes them out.
 
 MULTICAST = Kernel("map m, u64 masks, u64 out, u32 rows", f"""

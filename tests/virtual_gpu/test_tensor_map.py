@@ -9,9 +9,6 @@ import vgpu
 from ptx_kernel import Kernel
 from test_bulk_copy import LOAD, STORE, TENSOR_LOAD, TENSOR_STORE, aligned, gpu, make_tensor, swizzle_bytes
 
-if vgpu.missing():
-    pytest.skip(vgpu.missing(), allow_module_level=True)
-
 
 def test_maps_that_do_not_fit():
     tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)

@@ -5,9 +5,6 @@ import pytest
 import vgpu
 from ptx_kernel import Kernel
 
-if vgpu.missing():
-    pytest.skip(vgpu.missing(), allow_module_level=True)
-
 FENCE, COMMIT, WAIT, PROXY = ("wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;",
                               "fence.proxy.async.shared::cta;")
 

@@ -6,7 +6,7 @@
     gpu.counters[-1]["global_load_bytes"]
 
 A launch that goes wrong raises Failure, whose reports say what, where and who. The same modules run on an NVIDIA GPU through
-silicon.Gpu, which has the same methods.
+silicon.Gpu.
 """
 import ctypes
 import functools
@@ -162,8 +162,8 @@ def encode(function, tensor, pointer):
 class Gpu:
     """The virtual GPU's settings. There is one device: the last Gpu made is the one that runs.
 
-    arch: 80 or 90 (sm_90a). seed: of the schedule; under 0 diverged lanes always come together again. random_completion: asynchronous work completes at random moments, not at
-    the last legal one. sm_count: few, so that persistent kernels loop."""
+    arch: 80 or 90 (sm_90a). seed: of the schedule; under 0 diverged lanes always come together again. random_completion:
+    asynchronous work completes at random moments, not at the last legal one. sm_count: few, so that persistent kernels loop."""
     virtual = True
 
     def __init__(self, arch=90, seed=0, random_completion=False, sm_count=4, **options):

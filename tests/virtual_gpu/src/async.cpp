@@ -9,8 +9,6 @@
 
 namespace vgpu {
 
-void count_shared(Warp &warp, const Inst &in, const uint64_t *addresses, Mask lanes, unsigned bytes);
-
 namespace {
 
 struct GlobalSpan {
@@ -21,17 +19,6 @@ struct GlobalSpan {
 GlobalSpan global_cells(Launch &launch, uint64_t address) { return {launch.cells(address), &launch.global->shadow()}; }
 
 Cell *shared_cells(Cta &cta, uint32_t offset) { return &cta.shared.cells[offset / 4]; }
-
-// Pieces may cross a page of shadow cells.
-template <class Body>
-void by_page(uint64_t address, uint32_t bytes, const Body &body) {
-  while (bytes) {
-    const uint32_t here = (uint32_t)std::min<uint64_t>(bytes, 4096 - (address & 4095));
-    body(address, here);
-    address += here;
-    bytes -= here;
-  }
-}
 
 void mark(Warp &w, Cta &cta, const Piece &p, uint32_t read, bool load, int change) {
   Launch &launch = w.launch();
@@ -48,8 +35,9 @@ Actor agent(Launch &launch, const Inst *inst, Cta &cta, const MBarrier &b, bool 
           (uint8_t)(cta.warps.size() + (size_t)b.agent / 32), (uint8_t)(proxy ? kAsyncProxy : 0)};
 }
 
-void announce(Cta &cta, MBarrier &b) {
-  b.clock.set(cta.index, cta.components(), (uint32_t)(cta.warps.size() * 32 + (size_t)b.agent), (uint32_t)b.phase + 1);
+// `clock` knows of them, and of those before.
+void announce(const Cta &cta, const MBarrier &b, ClockBuilder &clock) {
+  clock.set(cta.index, cta.components(), (uint32_t)(cta.warps.size() * 32 + (size_t)b.agent), (uint32_t)b.phase + 1);
 }
 
 void copy_in(Launch &launch, Cta &cta, const Piece &p, uint32_t read, const Actor &writer) {
@@ -123,11 +111,10 @@ void finish_arrival(Warp &w, size_t i) {
     const Actor writer = agent(w.launch(), c.inst, *cta, *b, false);
     c.done ? hand_over(w, c, writer) : finish_copy(w, c, writer);
   }
-  announce(*cta, *b);
   // All of the lane's copies before it are complete: also those that earlier arrivals announced.
   ClockBuilder landed;
   landed.join(w.async.landed[(size_t)arrival.lane]);
-  landed.set(cta->index, cta->components(), (uint32_t)(cta->warps.size() * 32 + (size_t)b->agent), (uint32_t)b->phase + 1);
+  announce(*cta, *b, landed);
   w.async.landed[(size_t)arrival.lane] = landed.freeze();
   b->clock.join(w.async.landed[(size_t)arrival.lane]);
   mbarrier_arrive(*cta, *b, 1, actor(w, arrival.lane, *arrival.inst));
@@ -243,7 +230,7 @@ void complete_load(Launch &launch, BulkCopy &copy) {
       cta->shared.shadow.in_flight(shared_cells(*cta, p.shared), p.shared, p.bytes, true, -1);
       copy_in(launch, *cta, p, p.fill ? 0 : p.bytes, agent(launch, copy.inst, *cta, b, true));
     }
-    announce(*cta, b);
+    announce(*cta, b, b.clock);
     mbarrier_transactions(*cta, b, -copy.bytes, agent(launch, copy.inst, *cta, b, true));
   }
 }

@@ -11,8 +11,6 @@
 namespace vgpu {
 namespace {
 
-int live_warps(const Cta &cta) { return cta.live; }
-
 void complete(Cta &cta, int id) {
   NamedBarrier &b = cta.barriers.named[id];
   const Ref<Clock> clock = b.clock.freeze(), fenced = b.fenced.empty() ? Ref<Clock>() : b.fenced.freeze();
@@ -42,7 +40,7 @@ void complete(Cta &cta, int id) {
 void check_complete(Cta &cta, int id) {
   NamedBarrier &b = cta.barriers.named[id];
   if (b.expected < 0) return;
-  const int expected = b.expected ? b.expected : live_warps(cta) * 32;
+  const int expected = b.expected ? b.expected : cta.live * 32;
   if (b.arrived > expected)
     cta.launch->report("barrier", b.first_warp, 0, b.first, "barrier " + std::to_string(id) + " expects " + std::to_string(expected) +
                        " threads, and " + std::to_string(b.arrived) + " arrived");

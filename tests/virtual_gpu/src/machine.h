@@ -163,6 +163,9 @@ bool happened_before(const Access &access, const Clock *clock, const Actor &acto
 // Resolves [address, address + bytes) of a lane; reports what is out of range, misaligned or read-only.
 Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address, unsigned bytes, unsigned align, bool write);
 
+// Wavefronts and bank conflicts of a warp's access to shared memory, `bytes` a lane.
+void count_shared(Warp &warp, const Inst &in, const uint64_t *addresses, Mask lanes, unsigned bytes);
+
 // Clock of a release by lanes of a warp: what they know and all they did. The warp enters a new epoch.
 void release(Warp &warp, Mask lanes, ClockBuilder &clock, ClockBuilder &fenced);
 void acquire(Warp &warp, Mask lanes, const Ref<Clock> &clock, const Ref<Clock> &fenced);

@@ -9,8 +9,6 @@
 
 namespace vgpu {
 
-void count_shared(Warp &warp, const Inst &in, const uint64_t *addresses, Mask lanes, unsigned bytes);
-
 namespace {
 
 // The whole warp, at this very instruction. False: the fragment waits (or the launch stops).

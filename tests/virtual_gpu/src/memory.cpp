@@ -279,8 +279,7 @@ void GlobalMemory::initialise(Page &page, uint64_t base, const Allocation &a) {
 }
 
 void GlobalMemory::set_initialised(uint64_t address, uint64_t bytes) {
-  for (uint64_t at = address; at < address + bytes; at = (at | 4095) + 1)
-    shadow_.set_valid(cells(at, 0), at, (unsigned)std::min((at | 4095) + 1 - at, address + bytes - at), true);
+  by_page(address, bytes, [&](uint64_t at, uint32_t n) { shadow_.set_valid(cells(at, 0), at, n, true); });
 }
 
 Cell *GlobalMemory::cells(uint64_t address, uint64_t launch, uint64_t after) {

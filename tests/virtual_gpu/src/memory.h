@@ -1,6 +1,7 @@
 // Memory with shadow state: every 4 bytes of shared and global memory have a Cell that says which bytes were ever written,
 // who wrote and read them last, and whether an asynchronous copy or matrix product still reads or writes them.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -117,6 +118,17 @@ class GlobalMemory {
   Page *last_page_data_ = nullptr;
   Shadow shadow_;
 };
+
+// Global bytes page by page: the cells of a page follow each other, those of the next lie elsewhere.
+template <class Body>
+void by_page(uint64_t address, uint64_t bytes, const Body &body) {
+  while (bytes) {
+    const uint32_t here = (uint32_t)std::min<uint64_t>(bytes, 4096 - (address & 4095));
+    body(address, here);
+    address += here;
+    bytes -= here;
+  }
+}
 
 struct SharedMemory {
   explicit SharedMemory(uint32_t bytes) : data(bytes), cells(bytes / 4 + 1), swizzle(bytes / 16 + 1), shadow(false) {}

@@ -93,24 +93,21 @@ bool issue(Warp &w, int lane, const Inst &in, std::unique_ptr<BulkCopy> copy, Ma
       }
       cta->shared.shadow.probe(&cta->shared.cells[p.shared / 4], p.shared, p.bytes, !copy->store, who);
     }
-    for (uint64_t at = p.global; !p.fill && at < p.global + p.bytes;) {
-      const uint32_t n = (uint32_t)std::min(p.global + p.bytes - at, 4096 - (at & 4095));
-      const Span g = resolve(w, lane, in, Space::kGlobal, at, n, 1, copy->store);
-      if (!g.data) return false;
-      g.shadow->probe(g.cells, at, n, copy->store, who);
-      at += n;
-    }
+    bool inside = true;
+    by_page(p.global, p.fill ? 0 : p.bytes, [&](uint64_t at, uint32_t n) {
+      const Span g = inside ? resolve(w, lane, in, Space::kGlobal, at, n, 1, copy->store) : Span();
+      inside = g.data;
+      if (inside) g.shadow->probe(g.cells, at, n, copy->store, who);
+    });
+    if (!inside) return false;
   }
   for (const Piece &p : copy->pieces) {
     for (Cta *cta : copy->targets) {
       cta->shared.shadow.in_flight(&cta->shared.cells[p.shared / 4], p.shared, p.bytes, !copy->store, 1);
       for (uint32_t unit = p.shared / 16; !copy->store && unit * 16 < p.shared + p.bytes; ++unit) cta->shared.swizzle[unit] = copy->swizzle;
     }
-    for (uint64_t at = p.global; !p.fill && at < p.global + p.bytes;) {
-      const uint32_t n = (uint32_t)std::min(p.global + p.bytes - at, 4096 - (at & 4095));
-      launch.global->shadow().in_flight(launch.cells(at), at, n, copy->store, 1);
-      at += n;
-    }
+    by_page(p.global, p.fill ? 0 : p.bytes,
+            [&](uint64_t at, uint32_t n) { launch.global->shadow().in_flight(launch.cells(at), at, n, copy->store, 1); });
     if (!p.fill) (copy->store ? launch.counters.async_store_bytes : launch.counters.async_load_bytes) += p.bytes;
   }
   launch.queue.bulk.push_back(std::move(copy));
