@@ -227,7 +227,7 @@ STORE_BUGS = [
     ("no proxy fence", (FENCE, ""), "proxy", TENSOR_STORE, "ordinary store, without fence.proxy.async"),
     ("fence of one thread only", (FENCE, f".reg .pred p; setp.eq.u32 p, tid, 0; @p {FENCE}"), "proxy", TENSOR_STORE,
      "ordinary store"),
-    ("fence of global memory", (FENCE, "fence.proxy.async.global;"), "uncovered", "fence.proxy.async.global;", ""),
+    ("fence of global memory", (FENCE, "fence.proxy.async.global;"), "proxy", TENSOR_STORE, "ordinary store, without fence.proxy.async"),
     ("fence of an mbarrier", (FENCE, "fence.mbarrier_init.release.cluster;"), "proxy", TENSOR_STORE, "ordinary store"),
     ("no barrier", ("bar.sync 0;", ""), "race", TENSOR_STORE, "wrote without a barrier"),
     ("the block ends", (WAIT, "", COMMIT, ""), "in-flight", TENSOR_STORE, "the block ends while this copy still reads"),

@@ -116,7 +116,7 @@ void finish_arrival(Warp &w, size_t i) {
   landed.join(w.async.landed[(size_t)arrival.lane]);
   announce(*cta, *b, landed);
   w.async.landed[(size_t)arrival.lane] = landed.freeze();
-  b->clock.join(w.async.landed[(size_t)arrival.lane]);
+  b->told.clock().join(w.async.landed[(size_t)arrival.lane]);
   mbarrier_arrive(*cta, *b, 1, actor(w, arrival.lane, *arrival.inst));
 }
 
@@ -230,7 +230,7 @@ void complete_load(Launch &launch, BulkCopy &copy) {
       cta->shared.shadow.in_flight(shared_cells(*cta, p.shared), p.shared, p.bytes, true, -1);
       copy_in(launch, *cta, p, p.fill ? 0 : p.bytes, agent(launch, copy.inst, *cta, b, true));
     }
-    announce(*cta, b, b.clock);
+    announce(*cta, b, b.told.clock());
     mbarrier_transactions(*cta, b, -copy.bytes, agent(launch, copy.inst, *cta, b, true));
   }
 }

@@ -2,9 +2,7 @@
 #pragma once
 #include <array>
 #include <deque>
-#include <map>
 #include <memory>
-#include <unordered_map>
 #include <vector>
 
 #include "clock.h"
@@ -105,12 +103,5 @@ void run_product(WarpGroup &group);     // the next one, which all four warps ha
 
 // Operands of an ordinary instruction against products in flight; notes what it accesses.
 void wgmma_check(Warp &warp, const Inst &in);
-
-// Sync through memory: what atomics and strong accesses publish at an address.
-struct SyncLocation {
-  ClockBuilder clock, fenced;
-  std::map<uint32_t, ClockBuilder> of_cta;  // what a block released here, with block scope too
-};
-using SyncLocations = std::unordered_map<uint64_t, SyncLocation>;
 
 }  // namespace vgpu

@@ -13,14 +13,12 @@ namespace {
 
 void complete(Cta &cta, int id) {
   NamedBarrier &b = cta.barriers.named[id];
-  const Ref<Clock> clock = b.clock.freeze(), fenced = b.fenced.empty() ? Ref<Clock>() : b.fenced.freeze();
+  const Knowledge told = b.told.freeze();
   const std::vector<Waiting> waiting = std::move(b.waiting);
-  ClockBuilder released = b.released, pending = b.pending;
   const int true_lanes = b.true_lanes, all_lanes = b.all_lanes;
   b = NamedBarrier();
   for (const Waiting &w : waiting) {
-    acquire(*w.warp, w.lanes, clock, fenced);
-    share_fences(*w.warp, w.lanes, released, pending);
+    acquire(*w.warp, w.lanes, told);
     if (w.inst->b >= 0) {  // bar.red
       const Slot d = w.inst->r[0];
       if (w.inst->b == 2) {
@@ -94,8 +92,7 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
     b.true_lanes += __builtin_popcount(v);
     b.all_lanes += __builtin_popcount(part->mask);
   }
-  release(w, required, b.clock, b.fenced);
-  gather_fences(w, required, b.released, b.pending);
+  release(w, required, b.told);
   ++w.launch().changes;
   if (in.a == 1) {
     for (Fragment *part : all)
@@ -113,7 +110,8 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
   return Flow::kJumped;
 }
 
-// in.a: 0 cta, 1 gpu or wider (cluster counts as such); 2 proxy.async; 3 mbarrier_init.
+// in.a: 0 cta, 1 gpu or wider (cluster counts as such); 2 proxy.async; 3 mbarrier_init. in.b: fence.sc (membar is one); of a proxy
+// fence the memory, 1 shared, 2 global, 3 both.
 // A fence publishes what its thread did and saw, and makes what its relaxed reads saw happen before what follows (9.7.13.4).
 void fence(Warp &w, const Inst &in, Mask m) {
   for (Mask rest = m; rest; rest &= rest - 1) {
@@ -134,10 +132,13 @@ void fence(Warp &w, const Inst &in, Mask m) {
     }
     clock.set(w.cta->index, w.cta->components(), (uint32_t)(w.index * 32 + l), w.epoch);
     const Ref<Clock> now = clock.freeze();
-    if (in.a == 2) lane.fenced = now;
+    if (in.a == 2 && in.b & 1) lane.fenced_shared = now;
+    if (in.a == 2 && in.b & 2) lane.fenced_global = now;
     if (in.a == 1) lane.released = now;
     if (in.a <= 1) lane.released_cta = now;
+    if (in.a <= 1 && in.b) w.launch().strong.ordered.join(now);
   }
+  if (in.a <= 1 && in.b) w.cta->ordered = w.launch().strong.ordered.freeze();
   ++w.epoch;
 }
 
@@ -149,8 +150,7 @@ void settle(Cta &cta, MBarrier &b) {
   b.pending = b.count;
   if (b.had_transactions) b.waited = false;
   b.had_transactions = b.polled = false;
-  if (!b.clock.empty()) b.completed = b.clock.freeze();
-  if (!b.fenced.empty()) b.completed_fenced = b.fenced.freeze();
+  b.completed = b.told.freeze();
   ++cta.launch->changes;
 }
 
@@ -179,7 +179,7 @@ MBarrier *find_mbarrier(Warp &w, int lane, const Inst &in, uint64_t address, Cta
       launch.report("mbarrier", &w, lane, &in, "the mbarrier at shared address " + std::to_string(own - kSharedBase) + " was overwritten by " +
                     launch.who(written));
   const Lane &l = w.lanes[(size_t)lane];
-  const Chunk *chunk = l.fenced ? l.fenced->find(b.initialised.cta) : nullptr;
+  const Chunk *chunk = l.fenced_shared ? l.fenced_shared->find(b.initialised.cta) : nullptr;
   bool fenced = chunk && chunk->epoch[b.initialised.warp * 32u + (uint32_t)__builtin_ctz(b.initialised.lanes)] >= b.initialised.epoch;
   Access fence = b.initialised;
   fence.epoch = b.fenced_at;
@@ -276,7 +276,7 @@ Flow mbarrier_signal(Warp &w, Fragment &f, const Inst &in) {
     if (in.a == 1 || in.a == 2) mbarrier_transactions(*cta, *b, value, who);
     if (in.a == 3) mbarrier_transactions(*cta, *b, -(int64_t)value, who);
     if (in.a <= 1) {
-      if (!in.b) release(w, 1u << l, b->clock, b->fenced);
+      if (!in.b) release(w, 1u << l, b->told);
       mbarrier_arrive(*cta, *b, in.a == 1 ? 1 : value, who);
     }
   }
@@ -304,7 +304,7 @@ Flow mbarrier_wait(Warp &w, Fragment &f, const Inst &in) {
     if (!done) continue;
     passed |= 1u << l;
     b->waited = true;
-    if (!in.b) acquire(w, 1u << l, b->completed, b->completed_fenced);
+    if (!in.b) acquire(w, 1u << l, b->completed);
   }
   w.predicates[in.r[0]] = (w.predicates[in.r[0]] & ~f.mask) | passed;
   w.predicate_poison[in.r[0]] &= ~f.mask;
@@ -324,8 +324,8 @@ bool all_arrived(const Cluster &cluster) {
 
 // A relaxed arrival tells what the thread's last fence published: fence.mbarrier_init its mbarriers, the example of 9.7.13.4.
 void tell(Warp &w, Mask lanes, ClusterBarrier &b) {
-  for (Mask m = lanes; m; m &= m - 1) b.clock.join(w.lanes[(size_t)__builtin_ctz(m)].released);
-  b.clock.set(w.cta->index, w.cta->components(), 0, 0);  // orders nothing, and says that this block has begun
+  for (Mask m = lanes; m; m &= m - 1) b.told.clock().join(w.lanes[(size_t)__builtin_ctz(m)].released);
+  b.told.clock().set(w.cta->index, w.cta->components(), 0, 0);  // orders nothing, and says that this block has begun
   for (auto &[address, mbarrier] : w.cta->barriers.mbarriers) {
     const bool mine = mbarrier.initialised.warp == w.index && mbarrier.initialised.lanes & lanes;
     if (mine && mbarrier.fenced_at && !mbarrier.told_in) mbarrier.told_in = b.phase + 1;
@@ -333,7 +333,7 @@ void tell(Warp &w, Mask lanes, ClusterBarrier &b) {
 }
 
 void waited(Warp &w, Mask lanes, const ClusterBarrier &b) {
-  acquire(w, lanes, b.completed, b.completed_fenced);
+  acquire(w, lanes, b.completed);
   for (Mask m = lanes; m; m &= m - 1) w.cluster_seen[(size_t)__builtin_ctz(m)] = std::exchange(w.cluster_phase[(size_t)__builtin_ctz(m)], 0);
 }
 
@@ -342,8 +342,7 @@ void check_complete(Cluster &cluster) {
   if (b.arrived == 0 || !all_arrived(cluster)) return;
   b.arrived = 0;
   ++b.phase;
-  if (!b.clock.empty()) b.completed = b.clock.freeze();
-  if (!b.fenced.empty()) b.completed_fenced = b.fenced.freeze();
+  b.completed = b.told.freeze();
   const std::vector<Waiting> waiting = std::move(b.waiting);
   b.waiting.clear();
   for (const Waiting &w : waiting) {
@@ -367,7 +366,7 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
       mine = b.phase + 1;  // waits for the end of this phase
     }
     b.arrived += __builtin_popcount(lanes);
-    in.b ? tell(w, lanes, b) : release(w, lanes, b.clock, b.fenced);
+    in.b ? tell(w, lanes, b) : release(w, lanes, b.told);
     ++w.launch().changes;
     for (Fragment *part : all)
       if (part != &f) jump(w, *part, part->pc + 1);
@@ -396,9 +395,11 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
 // griddepcontrol.wait (9.7.13.13): what the launch before did happens before what follows. In truth it has ended already.
 Flow wait_for_primary(Warp &w, Fragment &f, const Inst &) {
   if (w.launch().after) {
-    ClockBuilder clock;
-    clock.set(kPrimary, 32, 0, 1);
-    acquire(w, f.mask, clock.freeze(), clock.freeze());
+    KnowledgeBuilder all;
+    all.clock().set(kPrimary, 32, 0, 1);
+    Knowledge told = all.freeze();
+    told.fenced_global = told.clock;
+    acquire(w, f.mask, told);
   }
   return Flow::kNext;
 }
@@ -434,8 +435,8 @@ void check_visitors(Cta &cta) {
                       end + launch.who(a) + (a.flags & kWrite ? " wrote" : " read") + " its shared byte " + std::to_string(i * 4) + " before");
     });
   for (auto &[address, b] : cta.barriers.mbarriers) {
-    if (!b.remote || b.clock.empty()) continue;
-    const Ref<Clock> arrivals = b.clock.freeze();
+    if (!b.remote || b.told.clock().empty()) continue;
+    const Ref<Clock> arrivals = b.told.clock().freeze();
     for (const Ref<Chunk> &theirs : arrivals->chunks) {
       const Chunk *ours = known->find(theirs->cta);
       const bool ordered = ours && std::equal(ours->epoch.begin(), ours->epoch.end(), theirs->epoch.begin(), std::greater_equal<>());
@@ -471,8 +472,8 @@ bool decode_barrier(Decoder &d, const Statement &s, Inst &in) {
     in.klass = Class::kAtomic;
     const bool proxy = s.has("proxy");
     if (proxy && (s.has("tensormap::generic") || s.has("alias") || s.parts.back().rfind("async::generic", 0) == 0)) return false;
-    if (proxy && s.parts.back() == "global") return false;  // of global memory only: one clock serves both spaces here
     in.a = proxy ? 2 : s.has("mbarrier_init") ? 3 : s.has("cta") ? 0 : 1;
+    in.b = !proxy ? op == "membar" || s.has("sc") : s.parts.back() == "async" ? 3 : s.parts.back() == "global" ? 2 : 1;
     in.exec = fence;
     return true;
   }

@@ -31,7 +31,7 @@ struct NamedBarrier {
   int expected = -1;              // threads of the current phase; 0: all warps of the block that have not exited; -1: no arrival yet
   int arrived = 0;
   std::vector<Waiting> waiting;
-  ClockBuilder clock, fenced, released, pending;
+  KnowledgeBuilder told;
   const Inst *first = nullptr;    // the first to arrive
   const Warp *first_warp = nullptr;
   int true_lanes = 0, all_lanes = 0;  // bar.red
@@ -49,8 +49,8 @@ struct MBarrier {
   Access initialised;             // who called mbarrier.init, and when
   uint32_t fenced_at = 0;         // epoch of its fence.mbarrier_init, or 0
   uint64_t told_in = 0;           // phase of barrier.cluster whose waiters know that fence by a relaxed arrival, or 0
-  ClockBuilder clock, fenced;     // of all arrivals so far
-  Ref<Clock> completed, completed_fenced;
+  KnowledgeBuilder told;          // of all arrivals so far
+  Knowledge completed;
   const Inst *last = nullptr;     // last arrival, for messages
   const Inst *remote = nullptr;   // and last one from another block
 };
@@ -65,8 +65,8 @@ struct ClusterBarrier {
   int arrived = 0;                // threads
   uint64_t phase = 0;
   std::vector<Waiting> waiting;
-  ClockBuilder clock, fenced;
-  Ref<Clock> completed, completed_fenced;
+  KnowledgeBuilder told;
+  Knowledge completed;
 };
 
 // Brings the lanes of `required` together at an operation: true once all of them are there, with their fragments in `all`

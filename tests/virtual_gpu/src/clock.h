@@ -62,6 +62,7 @@ class ClockBuilder {
   void set(uint32_t cta, uint32_t components, uint32_t index, uint32_t epoch);  // raises a component
   Ref<Clock> freeze();  // what was joined so far; the builder goes on from it
   bool empty() const { return !frozen_ && chunks_.empty(); }
+  Ref<Clock> freeze_if_any() { return empty() ? Ref<Clock>() : freeze(); }
   void clear();
 
  private:
@@ -69,6 +70,29 @@ class ClockBuilder {
 
   std::vector<Ref<Chunk>> chunks_;
   Ref<Clock> frozen_, last_;
+};
+
+// What a thread knows, and hands on at barriers and mbarriers.
+struct Knowledge {
+  Ref<Clock> clock;                         // what happened before
+  Ref<Clock> fenced_shared, fenced_global;  // what of it a proxy fence made visible to the async proxy, by the memory it is in
+  // What its last fence of gpu scope published, and what relaxed reads saw and its next such fence acquires. A block shares them:
+  // all threads write and fence, they meet, one sets the flag; one sees it, they meet, all fence and read.
+  Ref<Clock> released, pending;
+};
+constexpr Ref<Clock> Knowledge::*kKnowledge[] = {&Knowledge::clock, &Knowledge::fenced_shared, &Knowledge::fenced_global, &Knowledge::released,
+                                                 &Knowledge::pending};
+
+struct KnowledgeBuilder {
+  ClockBuilder parts[5];  // in the order of kKnowledge
+
+  ClockBuilder &clock() { return parts[0]; }
+  void join(const Knowledge &k) { for (int i = 0; i < 5; ++i) parts[i].join(k.*kKnowledge[i]); }
+  Knowledge freeze() {
+    Knowledge k;
+    for (int i = 0; i < 5; ++i) k.*kKnowledge[i] = parts[i].freeze_if_any();
+    return k;
+  }
 };
 
 }  // namespace vgpu

@@ -150,11 +150,9 @@ void elect(Warp &w, const Inst *const *insts, Mask lanes) {
 
 // Orders memory among the lanes that take part (PTX ISA 9.7.13.2).
 void sync_warp(Warp &w, const Inst *const *, Mask lanes) {
-  ClockBuilder clock, fenced, released, pending;
-  gather_fences(w, lanes, released, pending);
-  release(w, lanes, clock, fenced);
-  acquire(w, lanes, clock.freeze(), fenced.empty() ? Ref<Clock>() : fenced.freeze());
-  share_fences(w, lanes, released, pending);
+  KnowledgeBuilder told;
+  release(w, lanes, told);
+  acquire(w, lanes, told.freeze());
 }
 
 const Compute kCompute[] = {shfl, vote, match, redux, elect, sync_warp};

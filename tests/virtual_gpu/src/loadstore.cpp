@@ -61,53 +61,7 @@ void count_global(Warp &warp, const uint64_t *addresses, Mask lanes, unsigned by
 
 bool is_shared(Space s) { return s == Space::kShared || s == Space::kSharedCluster; }
 
-uint64_t location_key(const Warp &warp, const Span &span) {
-  if (!is_shared(span.space)) return (uint64_t)span.data;
-  uint64_t owner = 0;
-  for (const auto &cta : warp.cta->cluster->ctas)
-    if (&cta->shared.shadow == span.shadow) owner = cta->index;
-  return span.at | (owner + 1) << 40 | 1ull << 63;
-}
-
-enum Order : int { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
-enum Scope : int { kCtaScope, kGpuScope };
-
 uint8_t strength(const Inst &in) { return in.a == kWeak ? 0 : (in.b & 1) == kCtaScope ? kStrong | kBlockScope : kStrong; }
-
-// A strong read takes over what was published at the location: at once if it acquires, else at the thread's next fence. With block
-// scope, on either side, that is what the block itself published.
-void observe(Warp &w, int lane, uint64_t key, int order, int scope) {
-  const auto found = w.launch().locations.find(key);
-  if (found == w.launch().locations.end()) return;
-  ClockBuilder seen, seen_of_cta;
-  const auto own = found->second.of_cta.find(w.cta->index);
-  if (own != found->second.of_cta.end() && !own->second.empty()) seen_of_cta.join(own->second.freeze());
-  if (!seen_of_cta.empty()) seen.join(seen_of_cta.freeze());
-  if (scope != kCtaScope && !found->second.clock.empty()) seen.join(found->second.clock.freeze());
-  if (seen.empty()) return;
-  if (order == kAcquire || order == kAcquireRelease) return acquire(w, 1u << lane, seen.freeze(), Ref<Clock>());
-  Lane &l = w.lanes[(size_t)lane];
-  seen.join(l.pending);
-  l.pending = seen.freeze();
-  seen_of_cta.join(l.pending_cta);
-  if (!seen_of_cta.empty()) l.pending_cta = seen_of_cta.freeze();
-}
-
-// A strong write publishes: its thread's past if it releases, else what the thread's last fence published. A plain strong
-// store ends the release sequence of the value it replaces; an atomic continues it.
-void publish(Warp &w, int lane, uint64_t key, int order, int scope, bool atomic) {
-  SyncLocation &location = w.launch().locations[key];
-  if (!atomic) location = SyncLocation();
-  const Lane &l = w.lanes[(size_t)lane];
-  if (order == kRelease || order == kAcquireRelease) {
-    ClockBuilder clock, fenced;
-    release(w, 1u << lane, clock, fenced);
-    if (scope != kCtaScope) location.clock.join(clock.freeze());
-    location.of_cta[w.cta->index].join(clock.freeze());
-  }
-  if (l.released && scope != kCtaScope) location.clock.join(l.released);
-  if (l.released_cta) location.of_cta[w.cta->index].join(l.released_cta);
-}
 
 void addresses_of(Warp &w, const Inst &in, Slot base, Mask m, uint64_t *out) {
   if (check_poison(w, in, w.unit_poison[base] & m, "an address")) w.unit_poison[base] &= ~m;
@@ -160,11 +114,17 @@ void load(Warp &w, const Inst &in, Mask m) {
       (in_shared ? shared : global) |= 1u << l;
       const uint64_t at = span.at;
       span.shadow->touch(span.cells, at, bytes, false, actor(w, l, in, strength(in)));
-      for (unsigned e = 0; e < in.vector; ++e)
-        if (!span.shadow->valid(span.cells + ((at & 3) + e * element) / 4, at + e * element, element)) poison[e] |= 1u << l;
+      const Replaced *const old = strong ? old_value(w, l, in, span, bytes, false) : nullptr;
+      if (old) memcpy(data[l], old->data, bytes);
+      for (unsigned e = 0; e < in.vector; ++e) {
+        const unsigned of_element = (1u << element) - 1, begin = e * element;
+        const bool defined = old ? (old->valid >> begin & of_element) == of_element
+                                 : span.shadow->valid(span.cells + ((at & 3) + begin) / 4, at + begin, element);
+        if (!defined) poison[e] |= 1u << l;
+      }
       if (strong) {
         w.looked = true;
-        observe(w, l, location_key(w, span), in.a, in.b & 1);
+        observe(w, l, span, old, in.a, in.b & 1);
       }
       if (const Access *writer = in.c ? span.shadow->writer(span.cells, at, bytes) : nullptr)
         w.launch().report("race", &w, l, &in, "a non-coherent load (ld.global.nc) reads what this kernel wrote: " + w.launch().who(*writer));
@@ -228,10 +188,11 @@ void store(Warp &w, const Inst &in, Mask m) {
       (in_shared ? shared : global) |= 1u << l;
       const uint64_t at = span.at;
       if (undefined && !in_shared) check_poison(w, in, 1u << l, "global memory");
+      if (strong) replace(w, l, span, bytes);
       span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strength(in)));
       for (unsigned e = 0; undefined && e < in.vector; ++e)
         if (undefined >> e & 1) span.shadow->set_valid(span.cells + ((at & 3) + e * element) / 4, at + e * element, element, false);
-      if (strong) publish(w, l, location_key(w, span), in.a, in.b & 1, false);
+      if (strong) publish(w, l, span, in.a, in.b & 1, false);
     }
     memcpy(span.data, data, bytes);
   }
@@ -318,13 +279,15 @@ void atom(Warp &w, const Inst &in, Mask m) {
     uint64_t now = flush ? atom_value(in, flushed(old[l]), flushed(a), b) : atom_value(in, old[l], a, b);
     if (flush) now = flushed(now);
     const uint64_t changes = w.launch().changes;
+    const bool writes = !(in.c == kCas && old[l] != a);
+    old_value(w, l, in, span, bytes, true);
+    if (writes) replace(w, l, span, bytes);
     span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strength(in)));
     if (now == old[l]) w.launch().changes = changes;  // nobody can tell: a failed attempt is no progress
     memcpy(span.data, &now, bytes);
     w.looked = true;
-    const uint64_t key = location_key(w, span);
-    observe(w, l, key, in.a, in.b & 1);
-    if (!(in.c == kCas && old[l] != a)) publish(w, l, key, in.a, in.b & 1, true);
+    observe(w, l, span, nullptr, in.a, in.b & 1);
+    if (writes) publish(w, l, span, in.a, in.b & 1, true);
   }
   Counters &c = w.launch().counters;
   c.global_load_bytes += (uint64_t)__builtin_popcount(global) * bytes;

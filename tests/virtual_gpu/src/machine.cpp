@@ -59,53 +59,30 @@ bool check_poison(Warp &warp, const Inst &in, Mask poison, const char *what) {
 
 // --------------------------------------------------------------------------------------------------------- clocks
 
-void release(Warp &warp, Mask lanes, ClockBuilder &clock, ClockBuilder &fenced) {
-  for (Mask m = lanes; m; m &= m - 1) {
-    const Lane &lane = warp.lanes[(size_t)__builtin_ctz(m)];
-    clock.join(lane.clock);
-    fenced.join(lane.fenced);
-  }
+void release(Warp &warp, Mask lanes, KnowledgeBuilder &into) {
+  for (Mask m = lanes; m; m &= m - 1) into.join(warp.lanes[(size_t)__builtin_ctz(m)]);
   for (Mask m = lanes; m; m &= m - 1)
-    clock.set(warp.cta->index, warp.cta->components(), (uint32_t)(warp.index * 32 + __builtin_ctz(m)), warp.epoch);
+    into.clock().set(warp.cta->index, warp.cta->components(), (uint32_t)(warp.index * 32 + __builtin_ctz(m)), warp.epoch);
   ++warp.epoch;
 }
 
-namespace {
-
-void take(Warp &warp, Mask lanes, Ref<Clock> Lane::*which, const Ref<Clock> &other) {
-  if (!other) return;
-  Ref<Clock> before, after;  // lanes mostly hold the same clock: join it once
-  for (Mask m = lanes; m; m &= m - 1) {
-    Ref<Clock> &mine = warp.lanes[(size_t)__builtin_ctz(m)].*which;
-    if (mine == other) continue;
-    if (!after || !(mine == before)) {
-      ClockBuilder builder;
-      builder.join(other);
-      builder.join(mine);
-      before = mine;
-      after = builder.freeze();
+void acquire(Warp &warp, Mask lanes, const Knowledge &told) {
+  for (const auto part : kKnowledge) {
+    const Ref<Clock> &other = told.*part;
+    Ref<Clock> before, after;  // lanes mostly hold the same clock: join it once
+    for (Mask m = other ? lanes : 0; m; m &= m - 1) {
+      Ref<Clock> &mine = warp.lanes[(size_t)__builtin_ctz(m)].*part;
+      if (mine == other) continue;
+      if (!after || !(mine == before)) {
+        ClockBuilder builder;
+        builder.join(other);
+        builder.join(mine);
+        before = mine;
+        after = builder.freeze();
+      }
+      mine = after;
     }
-    mine = after;
   }
-}
-
-}  // namespace
-
-void acquire(Warp &warp, Mask lanes, const Ref<Clock> &clock, const Ref<Clock> &fenced) {
-  take(warp, lanes, &Lane::clock, clock);
-  take(warp, lanes, &Lane::fenced, fenced);
-}
-
-void gather_fences(const Warp &warp, Mask lanes, ClockBuilder &released, ClockBuilder &pending) {
-  for (Mask m = lanes; m; m &= m - 1) {
-    released.join(warp.lanes[(size_t)__builtin_ctz(m)].released);
-    pending.join(warp.lanes[(size_t)__builtin_ctz(m)].pending);
-  }
-}
-
-void share_fences(Warp &warp, Mask lanes, ClockBuilder &released, ClockBuilder &pending) {
-  if (!released.empty()) take(warp, lanes, &Lane::released, released.freeze());
-  if (!pending.empty()) take(warp, lanes, &Lane::pending, pending.freeze());
 }
 
 // ------------------------------------------------------------------------------------------------------ fragments

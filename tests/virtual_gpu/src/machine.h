@@ -13,6 +13,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "report.h"
+#include "strong.h"
 
 namespace vgpu {
 
@@ -44,13 +45,8 @@ struct Split {  // in use while lanes are expected
   int parent = -1;
 };
 
-struct Lane {
-  Ref<Clock> clock;           // what happened before
-  Ref<Clock> fenced;          // the part of it that a proxy fence made visible to the async proxy
-  Ref<Clock> released;        // clock at its last fence of gpu scope or wider
-  Ref<Clock> released_cta;    // and of any scope
-  Ref<Clock> pending;         // what its relaxed reads saw, acquired by its next fence of gpu scope or wider
-  Ref<Clock> pending_cta;     // the part of it that a fence of block scope acquires
+struct Lane : Knowledge {
+  Ref<Clock> released_cta, pending_cta;  // as released and pending, for fences of block scope
 };
 
 struct Cta;
@@ -94,6 +90,7 @@ struct Cta {
   std::vector<std::unique_ptr<Warp>> warps;
   CtaBarriers barriers;
   std::vector<std::unique_ptr<WarpGroup>> groups;
+  Ref<Clock> ordered;             // what happened before the last fence.sc of its threads in the order of all of them
 
   explicit Cta(uint32_t shared_bytes) : shared(shared_bytes) {}
   uint32_t components() const { return (uint32_t)warps.size() * 32 + kAgents + kProducts; }
@@ -121,7 +118,7 @@ struct Launch {
   uint64_t executed = 0;       // lane instructions
   bool stop = false;           // a report after which going on makes no sense
   AsyncQueue queue;
-  SyncLocations locations;
+  StrongMemory strong;
   std::vector<uint64_t> executions, lane_executions;  // by statement
 
   Cell *cells(uint64_t address) { return global->cells(address, id, after); }
@@ -151,7 +148,7 @@ struct Actor {
   const Warp *warp;
   const Inst *inst;
   const Clock *clock;        // what happened before
-  const Clock *visible;      // what of it an async-proxy read may see; the same as clock for others
+  const Knowledge *knows;    // the thread's, for what its async-proxy reads may see
   uint32_t cta, epoch;
   Mask lanes;                // one lane, or those that act as one
   uint8_t row;               // warp, or an agent's row
@@ -166,13 +163,9 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
 // Wavefronts and bank conflicts of a warp's access to shared memory, `bytes` a lane.
 void count_shared(Warp &warp, const Inst &in, const uint64_t *addresses, Mask lanes, unsigned bytes);
 
-// Clock of a release by lanes of a warp: what they know and all they did. The warp enters a new epoch.
-void release(Warp &warp, Mask lanes, ClockBuilder &clock, ClockBuilder &fenced);
-void acquire(Warp &warp, Mask lanes, const Ref<Clock> &clock, const Ref<Clock> &fenced);
-// What fences published and what relaxed reads saw goes through the barriers of a block too: all threads write and fence, they
-// meet, one sets the flag; one sees it, they meet, all fence and read.
-void gather_fences(const Warp &warp, Mask lanes, ClockBuilder &released, ClockBuilder &pending);
-void share_fences(Warp &warp, Mask lanes, ClockBuilder &released, ClockBuilder &pending);
+// A release by lanes of a warp: what they know and all they did. The warp enters a new epoch.
+void release(Warp &warp, Mask lanes, KnowledgeBuilder &into);
+void acquire(Warp &warp, Mask lanes, const Knowledge &told);
 
 // Poison that must not matter: reports it for the lanes of `poison & mask` and returns whether there was any.
 bool check_poison(Warp &warp, const Inst &in, Mask poison, const char *what);

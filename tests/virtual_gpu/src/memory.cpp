@@ -133,7 +133,7 @@ inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const
   }
   // An ordinary write is visible to the async proxy only behind a proxy fence (PTX ISA 8 "Memory Consistency Model": proxies).
   if ((actor.flags & kAsyncProxy) && !(access.flags & kAsyncProxy) && (access.flags & kWrite) && !write &&
-      !known(actor.visible, access, access.lanes))
+      !known((global_ ? actor.knows->fenced_global : actor.knows->fenced_shared).get(), access, access.lanes))
     actor.launch->report("proxy", actor.warp, __builtin_ctz(actor.lanes), actor.inst,
                          "the async proxy reads " + actor.launch->place(address, global_) + ", which " + actor.launch->who(access) +
                              " wrote with an ordinary store, without fence.proxy.async after the store");
@@ -308,7 +308,7 @@ Cell *GlobalMemory::cells(uint64_t address, uint64_t launch, uint64_t after) {
 
 Actor actor(Warp &warp, int lane, const Inst &in, uint8_t flags) {
   const Lane &l = warp.lanes[(size_t)lane];
-  return {&warp.launch(), &warp, &in, l.clock.get(), l.clock.get(), warp.cta->index, warp.epoch, 1u << lane, (uint8_t)warp.index,
+  return {&warp.launch(), &warp, &in, l.clock.get(), &l, warp.cta->index, warp.epoch, 1u << lane, (uint8_t)warp.index,
           flags};
 }
 

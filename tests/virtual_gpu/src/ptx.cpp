@@ -338,7 +338,7 @@ class Parser {
     for (Location &l : module_->locations) {
       const auto key = [](const Location::Line &p) { return std::vector<int>{p.file, p.line, p.column}; };
       if (l.lines.size() > 1) outer[key(l.lines[0])] = l.lines[1];
-      while (l.lines.size() > 1 && l.lines.size() < 6) {
+      while (l.lines.size() > 1 && l.lines.size() < 12) {
         const auto found = outer.find(key(l.lines.back()));
         if (found == outer.end()) break;
         l.lines.push_back(found->second);

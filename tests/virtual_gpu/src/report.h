@@ -35,6 +35,7 @@ struct Counters {
   uint64_t async_load_bytes = 0, async_store_bytes = 0;  // cp.async and bulk copies from and to global memory
   uint64_t shared_wavefronts = 0, shared_conflicts = 0;  // beyond the least number that the access needs
   std::map<std::string, uint64_t> conflicts_by_line;
+  std::map<std::string, uint64_t> stale_loads_by_line;   // strong loads that did not return the newest value
   uint64_t barriers = 0, launches = 0;
   std::map<std::string, uint64_t> executed_by_line;      // warp instructions of the matrix and async classes, by source line
 };

@@ -68,7 +68,6 @@ bool issue(Warp &w, int lane, const Inst &in, std::unique_ptr<BulkCopy> copy, Ma
   Launch &launch = w.launch();
   Actor who = actor(w, lane, in);
   who.flags = kAsyncProxy;
-  who.visible = w.lanes[(size_t)lane].fenced.get();
   copy->inst = &in;
   copy->warp = &w;
   copy->lane = lane;

@@ -209,7 +209,6 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
   // Shared memory: this warp's rows of A, and its share of B.
   Actor who = actor(w, lane, in);
   who.flags = kAsyncProxy;
-  who.visible = w.lanes[(size_t)lane].fenced.get();
   SharedMemory &shared = w.cta->shared;
   const auto read = [&](const Descriptor &d, bool k_major, int begin, int end, const char *name) {
     if (d.base_offset) {
@@ -277,9 +276,9 @@ Flow group_control(Warp &w, Fragment &f, const Inst &in) {
       }
     while (group.completed < end) run_product(group);
     if (end) {
-      ClockBuilder clock;
-      clock.set(w.cta->index, w.cta->components(), (uint32_t)(w.cta->warps.size() * 32 + kAgents + (size_t)w.index / 4), (uint32_t)end);
-      acquire(w, kAllLanes, clock.freeze(), Ref<Clock>());
+      KnowledgeBuilder done;
+      done.clock().set(w.cta->index, w.cta->components(), (uint32_t)(w.cta->warps.size() * 32 + kAgents + (size_t)w.index / 4), (uint32_t)end);
+      acquire(w, kAllLanes, done.freeze());
     }
     while (!m.pending.empty() && m.pending.front().number < end) {
       const WgmmaOp &op = m.pending.front();

@@ -1,0 +1,124 @@
+"""Strong accesses that nothing orders: a load may return an older value. Kernels that rely on more compute wrong numbers under some
+seed, and their twins never do. (PTX ISA 8 "Memory Consistency Model")"""
+import numpy as np
+import pytest
+
+import vgpu
+from raw_ptx import run
+
+SOURCE = "kernels_order.cu"
+SEEDS = range(40)
+
+
+def launch(kernel, seed, *args, arch=80, **shape):
+    gpu = vgpu.Gpu(arch=arch, seed=seed, instruction_limit=10**7)
+    gpu.module(vgpu.compile(SOURCE, {80: "80", 90: "90a"}[arch])).launch(kernel, args=args, **shape)
+    return gpu.counters[-1]["stale_loads_by_line"]
+
+
+def chained_sum(kernel, seed):
+    x = np.arange(1, 9, dtype=np.int32)
+    sums, flags, out = (np.zeros(8, np.int32) for _ in range(3))
+    stale = launch(kernel, seed, x, sums, flags, out, grid=8)
+    return np.array_equal(out, np.cumsum(x)), stale
+
+
+def volatile_sum(kernel, seed):
+    x, out = np.arange(32, dtype=np.int32) ** 2, np.zeros(1, np.int32)
+    try:
+        stale = launch(kernel, seed, x, out)
+    except vgpu.Failure as failure:  # what was there before is undefined
+        assert {r["kind"] for r in failure.reports} == {"uninitialised"}
+        return False, [r["where"] for r in failure.reports]
+    return out[0] == x.sum(), stale
+
+
+def message(kernel, seed):
+    data, flag, out = (np.zeros(1, np.int32) for _ in range(3))
+    stale = launch(kernel, seed, data, flag, out, grid=2, arch=90)
+    return out[0] == 7, stale
+
+
+def both_write(kernel, seed):
+    x, out = np.zeros(2, np.int32), np.zeros(2, np.int32)
+    stale = launch(kernel, seed, x, out, grid=2)
+    return out.any(), stale
+
+
+@pytest.mark.parametrize("example, right, wrong, line", [
+    (chained_sum, "chained_sum_right", "chained_sum_wrong", "sum += sums[b - 1];"),
+    (volatile_sum, "volatile_sum_right", "volatile_sum_wrong", "*out = s[0];"),
+    (message, "message_right", "message_no_release", "*out = Shared(*data).load"),
+    (message, "message_right", "message_no_acquire", "*out = Shared(*data).load"),
+    (both_write, "both_write_right", "both_write_wrong", "out[b] = ")], ids=lambda x: x if isinstance(x, str) and "_" in x else "")
+def test_what_is_missing_shows_in_the_numbers(example, right, wrong, line):
+    assert all(example(right, seed)[0] for seed in SEEDS)
+    results = [example(wrong, seed) for seed in SEEDS]
+    assert results[0][0]  # under seed 0 memory has one order
+    stale = [where for correct, lines in results if not correct for where in lines]
+    assert stale
+    text = (vgpu.ROOT / "tests/virtual_gpu" / SOURCE).read_text().splitlines()
+    places = [part for where in stale for part in where.split(" < ") if part.startswith(SOURCE)]
+    assert any(line in text[int(part.split(":")[1]) - 1] for part in places), places
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_way_back(seed):
+    x, out = np.zeros(1, np.int32), np.full(32, -1, np.int32)
+    launch("one_way", seed, x, out, grid=2)
+    assert not out.any()
+
+
+def test_never_written_is_what_came_before():
+    """The older value of fresh memory is undefined: where it matters it is reported."""
+    body = """setp.ne.u32 %p0, %b, 0;
+@%p0 bra reader;
+st.relaxed.gpu.global.u32 [%a0], 5;
+st.relaxed.gpu.global.u32 [%a1], 1;
+ret;
+reader:
+ld.relaxed.gpu.global.u32 %r0, [%a1];
+setp.eq.u32 %p1, %r0, 0;
+@%p1 bra reader;
+fence.acq_rel.gpu;
+ld.relaxed.gpu.global.u32 %r1, [%a0];
+st.global.u32 [%a2], %r1;"""
+    found = set()
+    for seed in SEEDS:
+        data, flag, out = (np.zeros(1, np.uint32) for _ in range(3))
+        try:
+            run(body, data, flag, out, grid=2, block=1, seed=seed, fresh={0, 2})
+        except vgpu.Failure as failure:
+            found |= {(r["kind"], r["where"]) for r in failure.reports}
+        else:
+            assert out[0] == 5
+    assert found == {("uninitialised", "k.cu:12")}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_atomics_see_the_newest(seed):
+    """Lost updates do not exist: 8 blocks of 32 threads count with relaxed atomics, and an older value goes only to loads."""
+    count, out = np.zeros(1, np.uint32), np.zeros(256, np.uint32)
+    run("atom.relaxed.gpu.global.add.u32 %r0, [%a0], 1;\nst.global.u32 [%x1], %r0;", count, out, grid=8, seed=seed)
+    assert count[0] == 256 and np.array_equal(np.sort(out), np.arange(256))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_other_sizes_are_coherent(seed):
+    """A thread that saw one half of a 64-bit value sees the other half too, and the whole."""
+    body = """setp.ne.u32 %p0, %b, 0;
+@%p0 bra reader;
+mov.u64 %l0, 0x500000006;
+st.relaxed.gpu.global.u64 [%a0], %l0;
+ret;
+reader:
+ld.relaxed.gpu.global.u32 %r0, [%a0];
+setp.eq.u32 %p1, %r0, 0;
+@%p1 bra reader;
+ld.relaxed.gpu.global.u64 %l1, [%a0];
+ld.relaxed.gpu.global.u32 %r2, [%a0+4];
+st.global.u64 [%a1], %l1;
+st.global.u32 [%a1+8], %r2;"""
+    x, out = np.zeros(1, np.uint64), np.zeros(2, np.uint64)
+    run(body, x, out, grid=2, block=1, seed=seed)
+    assert out.tolist() == [0x500000006, 5]
