@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import vgpu
-from raw_ptx import run
+from raw_ptx import caught, run, twins
 
 SOURCE = "kernels_order.cu"
 SEEDS = range(40)
@@ -122,3 +122,64 @@ st.global.u32 [%a1+8], %r2;"""
     x, out = np.zeros(1, np.uint64), np.zeros(2, np.uint64)
     run(body, x, out, grid=2, block=1, seed=seed)
     assert out.tolist() == [0x500000006, 5]
+
+
+LITMUS = {  # what each block does (%a0, %a1: x, y, of zeros; FENCE: its fence), and the results that are in question
+    "store buffering": (["st.relaxed.gpu.global.u32 [%a0], 1; FENCE ld.relaxed.gpu.global.u32 %r0, [%a1];",
+                         "st.relaxed.gpu.global.u32 [%a1], 1; FENCE ld.relaxed.gpu.global.u32 %r1, [%a0];"], (0, 0)),
+    "message": (["st.relaxed.gpu.global.u32 [%a0], 1; FENCE st.relaxed.gpu.global.u32 [%a1], 1;",
+                 "ld.relaxed.gpu.global.u32 %r0, [%a1]; FENCE ld.relaxed.gpu.global.u32 %r1, [%a0];"], (1, 0)),
+    "message by atomics": (["atom.relaxed.gpu.global.exch.b32 %r9, [%a0], 1; FENCE red.relaxed.gpu.global.add.u32 [%a1], 1;",
+                            "atom.relaxed.gpu.global.or.b32 %r0, [%a1], 0; FENCE ld.relaxed.gpu.global.u32 %r1, [%a0];"], (1, 0)),
+    "write to read": (["st.relaxed.gpu.global.u32 [%a0], 1;",
+                       "ld.relaxed.gpu.global.u32 %r0, [%a0]; FENCE st.relaxed.gpu.global.u32 [%a1], 1;",
+                       "ld.relaxed.gpu.global.u32 %r1, [%a1]; FENCE ld.relaxed.gpu.global.u32 %r2, [%a0];"], (1, 1, 0)),
+    "two readers": (["st.relaxed.gpu.global.u32 [%a0], 1;", "st.relaxed.gpu.global.u32 [%a1], 1;",
+                     "ld.relaxed.gpu.global.u32 %r0, [%a0]; FENCE ld.relaxed.gpu.global.u32 %r1, [%a1];",
+                     "ld.relaxed.gpu.global.u32 %r2, [%a1]; FENCE ld.relaxed.gpu.global.u32 %r3, [%a0];"], (1, 0, 1, 0)),
+    "one location": (["st.relaxed.gpu.global.u32 [%a0], 1; FENCE st.relaxed.gpu.global.u32 [%a0], 2;",
+                      "ld.relaxed.gpu.global.u32 %r0, [%a0]; FENCE ld.relaxed.gpu.global.u32 %r1, [%a0];"], (2, 1)),
+}
+SC, ACQUIRE_RELEASE = "fence.sc.gpu;", "fence.acq_rel.gpu;"
+
+
+@pytest.mark.parametrize("name, fence, possible", [  # by the axioms (8.10)
+    *[(name, SC, False) for name in LITMUS],
+    ("store buffering", ACQUIRE_RELEASE, True), ("store buffering", "", True), ("message", ACQUIRE_RELEASE, False), ("message", "", True),
+    ("message by atomics", "membar.gl;", False), ("message by atomics", "", True), ("write to read", ACQUIRE_RELEASE, False),
+    ("write to read", "", True), ("two readers", ACQUIRE_RELEASE, True), ("two readers", "", True), ("one location", "", False),
+    ("message", "fence.acq_rel.cta;", True)])
+def test_litmus(name, fence, possible):
+    """Small programs of the memory-model literature: the surprising result shows under some seed if it may, and never if not."""
+    blocks, surprise = LITMUS[name]
+    body = "".join(f"setp.ne.u32 %p0, %b, {i};\n@%p0 bra not{i};\n{text.replace('FENCE', fence)}\n"
+                   + "".join(f"st.global.u32 [%a2+{4 * k}], %r{k};\n" for k in range(len(surprise)) if f" %r{k}," in text) + f"not{i}:\n"
+                   for i, text in enumerate(blocks))
+    seen = set()
+    for seed in range(1, 301):
+        x, y, out = np.zeros(1, np.uint32), np.zeros(1, np.uint32), np.zeros(len(surprise), np.uint32)
+        run(body, x, y, out, grid=len(blocks), block=1, seed=seed)
+        seen.add(tuple(out.tolist()))
+    assert (surprise in seen) == possible and len(seen) > 1, seen
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_reduction_acquires_nothing(seed):
+    """8.8: red.add and a fence are no acquire pattern, so what follows is not ordered behind the block that added before."""
+    body = """setp.ne.u32 %p0, %b, 0;
+@%p0 bra reader;
+st.global.u32 [%a0], 5; // caught
+membar.gl;
+red.relaxed.gpu.global.add.u32 [%a1], 1;
+ret;
+reader:
+<<red.relaxed.gpu.global.add.u32 [%a1], 1;|again: ld.relaxed.gpu.global.u32 %r1, [%a1]; setp.eq.u32 %p1, %r1, 0; @%p1 bra again;>>
+membar.gl;
+ld.global.u32 %r0, [%a0]; // caught
+st.global.u32 [%a2], %r0;"""
+    wrong, right = twins(body)
+    x, count, out = (np.zeros(1, np.uint32) for _ in range(3))
+    caught("race", wrong, x, count, out, grid=2, block=1, seed=seed)
+    x, count, out = (np.zeros(1, np.uint32) for _ in range(3))
+    run(right, x, count, out, grid=2, block=1, seed=seed)
+    assert out[0] == 5

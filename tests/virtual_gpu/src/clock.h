@@ -2,6 +2,7 @@
 // whole block after a barrier, hold the same one. It is stored in chunks, one a block, so that knowledge of other blocks
 // costs nothing until there is some.
 //
+// This stands for the causality order of PTX ISA 8 "Memory Consistency Model".
 // Thread t's access at epoch e happened before whoever holds a clock with clock[t] >= e. A thread's own accesses always
 // did. Besides its threads, a block has kAgents components for asynchronous copies, one per mbarrier they complete on, and
 // kProducts for what its warpgroups' matrix products read.

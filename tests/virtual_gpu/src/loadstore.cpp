@@ -286,7 +286,7 @@ void atom(Warp &w, const Inst &in, Mask m) {
     if (now == old[l]) w.launch().changes = changes;  // nobody can tell: a failed attempt is no progress
     memcpy(span.data, &now, bytes);
     w.looked = true;
-    observe(w, l, span, nullptr, in.a, in.b & 1);
+    if (in.r[0] != kNoSlot) observe(w, l, span, nullptr, in.a, in.b & 1);  // red is no acquire pattern (8.8)
     if (writes) publish(w, l, span, in.a, in.b & 1, true);
   }
   Counters &c = w.launch().counters;

@@ -1,3 +1,5 @@
+// Blocks, warps and their fragments in a seeded order (PTX ISA 3 "PTX Machine Model": threads of a warp are scheduled independently,
+// 3.2; 9.7.12 "Control Flow Instructions"; 10 "Special Registers").
 #include "machine.h"
 
 #include <algorithm>
@@ -126,7 +128,7 @@ void settle(Warp &warp, int index) {
   jump(warp, f, pc);
 }
 
-// Lanes that wait to come together go on alone: reconvergence is a courtesy, not a promise. Returns whether there were any.
+// Lanes that wait to come together go on alone: reconvergence is a courtesy, not a promise (3.2). Returns whether there were any.
 bool dissolve(Warp &warp) {
   bool any = false;
   for (size_t i = 0; i < warp.splits.size(); ++i) {
@@ -211,6 +213,7 @@ void exit_lanes(Warp &warp, Fragment &f) {
 
 namespace {
 
+// PTX ISA 10 "Special Registers"
 uint32_t special_value(const std::string &name, const Launch &launch, const Warp &warp, int lane) {
   const Cta &cta = *warp.cta;
   const uint32_t thread = (uint32_t)(warp.index * 32 + lane), *b = launch.block, *g = launch.grid, *c = launch.cluster;

@@ -36,8 +36,10 @@ const Replaced *old_value(Warp &w, int lane, const Inst &in, const Span &span, u
   const Replaced *old = nullptr;
   for (Replaced &r : found->second) {
     if (r.key + r.bytes <= key || r.key >= key + bytes) continue;
-    const auto before = [&](const Access &a) { return happened_before(a, who.clock, who); };
-    if (before(r.writer) || happened_before(r.writer, w.cta->ordered.get(), who) || std::any_of(r.seen.begin(), r.seen.end(), before)) continue;
+    // No value is read that is older than a write which precedes the read in causality order (8.10, axiom "Causality"): by itself, by a
+    // read that observed it (8.9.5), or by the order of fence.sc (8.9.4).
+    const auto before = [&](const Access &a) { return happened_before(a, who.clock, who) || happened_before(a, w.cta->ordered.get(), who); };
+    if (before(r.writer) || std::any_of(r.seen.begin(), r.seen.end(), before)) continue;
     // One that overlaps, of another size, is not told apart into bytes: it gets the newest value.
     if (!atomic && r.key == key && r.bytes == bytes && launch.chance(2))
       old = &r;

@@ -47,9 +47,10 @@ int encode_tiled(void *out, int type, uint32_t rank, void *address, const uint64
 
 namespace {
 
-// The 16-byte units of a row change places: address bits 4.. are xored with bits 7.. (one, two or three of them).
+// 5.5 "Swizzling Modes": the 16-byte units of a row change places: address bits 4.. are xored with bits 7.. (one, two or three of them).
 uint32_t swizzled(uint32_t address, int swizzle) { return address ^ (address >> 7 & ((1u << swizzle) - 1)) << 4; }
 
+// 9.7.9.25.5.2: the tensor map lies in constant, parameter or global memory.
 bool read_map(Warp &w, int lane, const Inst &in, uint64_t address, TensorMap *map) {
   if (address >> 56 << 56 == kLocalWindow) {
     w.launch().report("descriptor", &w, lane, &in, "the tensor map lies in local memory: a kernel parameter must be __grid_constant__");
@@ -148,6 +149,7 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
     int next = 2;
     if (in.a == 0) {
       const uint32_t bytes = w.at<uint32_t>(in.r[next++])[l];
+      // 9.7.9.25.4.1
       if (bytes % 16 || global % 16 || place.offset % 16 || bytes == 0) {
         launch.report("misaligned", &w, l, &in, "a bulk copy of " + std::to_string(bytes) + " bytes: size and both addresses are multiples of 16");
         continue;
@@ -189,7 +191,7 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
           address += (uint64_t)at * map.stride[i];
         }
         for (uint32_t from = 0; from < row_bytes; from += unit, shared += unit) {
-          // Elements outside of the tensor read as zero and are not written.
+          // 5.5 "Out of Boundary Access": elements outside of the tensor read as zero and are not written.
           const int64_t first = origin[0] + from / map.element_bytes, wanted = unit / map.element_bytes;
           const int64_t low = std::max<int64_t>(first, 0), high = std::min<int64_t>(first + wanted, (int64_t)map.dim[0]);
           const uint32_t to = swizzled(shared + kSharedBase, map.swizzle) - kSharedBase;
@@ -231,6 +233,7 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
   }
 }
 
+// 9.7.9.25.6 commit_group, wait_group: wait.read waits only until the sources may be written again.
 // in.a: 0 commit, 1 wait, 2 wait.read; in.c: groups that may stay open
 void bulk_group(Warp &w, const Inst &in, Mask m) {
   Launch &launch = w.launch();
