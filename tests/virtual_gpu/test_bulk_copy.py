@@ -4,13 +4,9 @@ import numpy as np
 import pytest
 
 import vgpu
-from ptx_kernel import Kernel, only, wait
+from raw_ptx import Kernel, aligned, only, wait
 
 MODES = pytest.mark.parametrize("seed, random_completion", [(0, False), (1, True), (2, False), (3, True)])
-
-
-def gpu(seed=0, random_completion=False):
-    return vgpu.Gpu(arch=90, seed=seed, random_completion=random_completion)
 
 
 def swizzle_bytes(data, swizzle):
@@ -34,51 +30,51 @@ def box_of(tensor, box, origin):
 
 def each_word(count, body):
     """`body` for i in range(count) by 64 threads, the word's shared address in a, its byte offset in o."""
-    return (f"{{ .reg .b32 i, a, v; .reg .b64 o; .reg .pred more; mov.u32 i, tid;\n"
-            f"COPY: setp.ge.u32 more, i, {count}; @more bra DONE; mad.lo.u32 a, i, 4, smem; mul.wide.u32 o, i, 4;\n{body}\n"
+    return (f"{{ .reg .b32 i, a, v; .reg .b64 o; .reg .pred more; mov.u32 i, %t;\n"
+            f"COPY: setp.ge.u32 more, i, {count}; @more bra DONE; mad.lo.u32 a, i, 4, %smem; mul.wide.u32 o, i, 4;\n{body}\n"
             f"add.u32 i, i, 64; bra COPY; DONE: }}")
 
 
 DUMP = "ld.shared.u32 v, [a];\nadd.u64 o, o, out; st.global.u32 [o], v;"
 FILL = "add.u64 o, o, x; ld.global.u32 v, [o];\nst.shared.u32 [a], v;"
-COORDINATES = ("s32 x4", "s32 x3", "s32 x2", "s32 x1", "s32 x0")  # outermost first
 INIT = "mbarrier.init.shared::cta.b64 [bar], 1;"
 INIT_FENCE = "fence.mbarrier_init.release.cluster;"
 
 
 def coordinates(rank):
-    return ", ".join(f"x{i}" for i in range(rank))
+    """Their names, innermost first."""
+    return [f"x{i}" for i in range(rank)]
 
 
 def load_kernel(rank, nbytes):
-    return Kernel(", ".join(("map m", "u64 out", *COORDINATES[5 - rank:])), f"""
-.reg .b32 bar, to; add.u32 bar, smem, {nbytes}; mov.u32 to, smem;
-{only("tid eq 0", f"{INIT}{chr(10)}{INIT_FENCE}")}
+    return Kernel(" ".join(["m out", *coordinates(rank)[::-1]]), f"""
+.reg .b32 bar, to; add.u32 bar, %smem, {nbytes}; mov.u32 to, %smem;
+{only("%t eq 0", f"{INIT}{chr(10)}{INIT_FENCE}")}
 bar.sync 0;
-{only("tid eq 0", f'''mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {nbytes};
-cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes [to], [m, {{{coordinates(rank)}}}], [bar];''')}
+{only("%t eq 0", f'''mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {nbytes};
+cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes [to], [m, {{{', '.join(coordinates(rank))}}}], [bar];''')}
 {wait("bar", "0")}
 {each_word(nbytes // 4, DUMP)}
-""", shared=nbytes + 16)
+""", memory=nbytes + 16)
 
 
 def store_kernel(rank, nbytes):
-    return Kernel(", ".join(("map m", "u64 x", *COORDINATES[5 - rank:])), f"""
+    return Kernel(" ".join(["m x", *coordinates(rank)[::-1]]), f"""
 {each_word(nbytes // 4, FILL)}
 fence.proxy.async.shared::cta;
 bar.sync 0;
-{only("tid eq 0", f'''cp.async.bulk.tensor.{rank}d.global.shared::cta.bulk_group [m, {{{coordinates(rank)}}}], [smem];
+{only("%t eq 0", f'''cp.async.bulk.tensor.{rank}d.global.shared::cta.bulk_group [m, {{{', '.join(coordinates(rank))}}}], [%smem];
 cp.async.bulk.commit_group;
 cp.async.bulk.wait_group 0;''')}
-""", shared=nbytes)
+""", memory=nbytes)
 
 
 def run_load(kernel, seed=0, random_completion=False, tensor=None, box=(16, 64), origin=(3, 0), swizzle=128, **more):
     tensor = make_tensor((40, 64), np.uint16) if tensor is None else tensor
     wanted, _ = box_of(tensor, box, origin)
     out = np.zeros(wanted.nbytes, np.uint8)
-    kernel.launch(gpu(seed, random_completion), block=64,
-                  args=[vgpu.TensorMap(tensor, box, swizzle), out, *map(np.int32, origin)], written={1}, **more)
+    kernel.run(vgpu.TensorMap(tensor, box, swizzle), out, *map(np.int32, origin), seed=seed, random_completion=random_completion, block=64,
+               written={1}, **more)
     np.testing.assert_array_equal(out, swizzle_bytes(wanted.view(np.uint8).reshape(-1), swizzle))
 
 
@@ -89,8 +85,8 @@ def run_store(kernel, seed=0, random_completion=False, tensor=None, box=(16, 64)
     slices = tuple(slice(max(o, 0), max(min(o + n, s), 0)) for o, n, s in zip(origin, box, tensor.shape))
     wanted[slices] = inner[inside].reshape(wanted[slices].shape)
     x = swizzle_bytes(inner.view(np.uint8).reshape(-1), swizzle)
-    kernel.launch(gpu(seed, random_completion), block=64, args=[vgpu.TensorMap(tensor, box, swizzle), x, *map(np.int32, origin)],
-                  written={0}, **more)
+    kernel.run(vgpu.TensorMap(tensor, box, swizzle), x, *map(np.int32, origin), seed=seed, random_completion=random_completion, block=64,
+               written={0}, **more)
     np.testing.assert_array_equal(tensor, wanted)
     assert inside.any() == (wanted[slices].size > 0)
 
@@ -152,10 +148,10 @@ BULK_LOAD = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [
 BULK_STORE = "cp.async.bulk.global.shared::cta.bulk_group [out], [to], bytes;"
 FENCE = "fence.proxy.async.shared::cta;"
 # Each half of the block's 64 threads has a buffer and an mbarrier: loads, adds 1 to each word, and stores.
-BULK = Kernel("u64 x, u64 out, u32 bytes", f"""
+BULK = Kernel("x out bytes", f"""
 .reg .b32 to, bar, half, i, a, v; .reg .b64 o; .reg .pred p, lead;
-shr.u32 half, tid, 5; mad.lo.u32 to, half, 512, smem; mad.lo.u32 bar, half, 8, smem; add.u32 bar, bar, 1024;
-setp.eq.u32 lead, lane, 0;
+shr.u32 half, %t, 5; mad.lo.u32 to, half, 512, %smem; mad.lo.u32 bar, half, 8, %smem; add.u32 bar, bar, 1024;
+setp.eq.u32 lead, %lane, 0;
 mul.lo.u32 i, half, bytes; cvt.u64.u32 o, i; add.u64 x, x, o; add.u64 out, out, o;
 @lead {INIT}
 {FENCE}
@@ -163,7 +159,7 @@ bar.warp.sync -1;
 @lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], bytes;
 @lead {BULK_LOAD}
 {wait("bar", "0")}
-mul.lo.u32 i, lane, 4;
+mul.lo.u32 i, %lane, 4;
 EACH: add.u32 a, to, i; ld.shared.u32 v, [a]; add.u32 v, v, 1;
 st.shared.u32 [a], v;
 add.u32 i, i, 128; setp.lt.u32 p, i, bytes; @p bra EACH;
@@ -173,21 +169,14 @@ bar.warp.sync -1; @!lead bra END;
 cp.async.bulk.commit_group;
 cp.async.bulk.wait_group 0;
 END:
-""", shared=1024 + 16)
+""", memory=1024 + 16)
 
 
 def run_bulk(kernel, seed=0, random_completion=False, nbytes=384, **more):
-    x = np.random.default_rng(seed).integers(0, 2**32, nbytes // 2, dtype=np.uint32)
-    x, out = aligned(x), aligned(np.zeros_like(x))
-    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out, np.uint32(nbytes)], written={1}, **more)
+    x, out = aligned(nbytes // 2, np.uint32), aligned(nbytes // 2, np.uint32)
+    x[:] = np.random.default_rng(seed).integers(0, 2**32, x.size, dtype=np.uint32)
+    kernel.run(x, out, np.uint32(nbytes), seed=seed, random_completion=random_completion, block=64, written={1}, **more)
     np.testing.assert_array_equal(out, x + np.uint32(1))
-
-
-def aligned(array, to=128):
-    raw = np.zeros(array.nbytes + to, np.uint8)
-    view = raw[-raw.ctypes.data % to:][:array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return view
 
 
 @pytest.mark.on_silicon
@@ -200,7 +189,7 @@ def test_bulk(nbytes, seed, random_completion):
 # -------------------------------------------------------------------------------------------------------------------- reports
 
 LOAD, STORE = load_kernel(2, 2048), store_kernel(2, 2048)
-TENSOR_LOAD, TENSOR_STORE = "[m, {x0, x1}], [bar];", "[m, {x0, x1}], [smem];"
+TENSOR_LOAD, TENSOR_STORE = "[m, {x0, x1}], [bar];", "[m, {x0, x1}], [%smem];"
 COMMIT, WAIT = "cp.async.bulk.commit_group;", "cp.async.bulk.wait_group 0;"
 LOAD_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at least
     ("read before the wait", (wait("bar", "0"), ""), "in-flight|race", "ld.shared.u32 v, [a]",
@@ -214,9 +203,9 @@ LOAD_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at l
     ("too few bytes expected", ("_, [bar], 2048;", "_, [bar], 1024;"), "deadlock", "[bar], 0;", "and -1024 bytes"),
     ("no mbarrier", (INIT, "st.shared.u64 [bar], 0;"), "mbarrier", "_, [bar], 2048;",
      "no initialised mbarrier at shared address 2048", 2),
-    ("unaligned destination", ("mov.u32 to, smem;", "add.u32 to, smem, 64;"), "misaligned", TENSOR_LOAD, "not a multiple of 128"),
-    ("beyond shared memory", ("mov.u32 to, smem;", "add.u32 to, smem, 256;"), "out-of-range", TENSOR_LOAD, "of 2064"),
-    ("before shared memory", ("mov.u32 to, smem;", "mov.u32 to, 0;"), "out-of-range", TENSOR_LOAD, "of 2064"),
+    ("unaligned destination", ("mov.u32 to, %smem;", "add.u32 to, %smem, 64;"), "misaligned", TENSOR_LOAD, "not a multiple of 128"),
+    ("beyond shared memory", ("mov.u32 to, %smem;", "add.u32 to, %smem, 256;"), "out-of-range", TENSOR_LOAD, "of 2064"),
+    ("before shared memory", ("mov.u32 to, %smem;", "mov.u32 to, 0;"), "out-of-range", TENSOR_LOAD, "of 2064"),
     ("an undefined coordinate", ("{x0, x1}", "{x0, bar2}", ".reg .b32 bar, to;", ".reg .b32 bar, to, bar2;"), "uninitialised",
      "[m, {x0, bar2}]", "operands of a copy"),
     ("written in flight", (TENSOR_LOAD, TENSOR_LOAD + " st.shared.u32 [to+64], bar;"), "in-flight", "[to+64], bar",
@@ -225,18 +214,18 @@ LOAD_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at l
 ]
 STORE_BUGS = [
     ("no proxy fence", (FENCE, ""), "proxy", TENSOR_STORE, "ordinary store, without fence.proxy.async"),
-    ("fence of one thread only", (FENCE, f".reg .pred p; setp.eq.u32 p, tid, 0; @p {FENCE}"), "proxy", TENSOR_STORE,
+    ("fence of one thread only", (FENCE, f".reg .pred p; setp.eq.u32 p, %t, 0; @p {FENCE}"), "proxy", TENSOR_STORE,
      "ordinary store"),
     ("fence of global memory", (FENCE, "fence.proxy.async.global;"), "proxy", TENSOR_STORE, "ordinary store, without fence.proxy.async"),
     ("fence of an mbarrier", (FENCE, "fence.mbarrier_init.release.cluster;"), "proxy", TENSOR_STORE, "ordinary store"),
     ("no barrier", ("bar.sync 0;", ""), "race", TENSOR_STORE, "wrote without a barrier"),
     ("the block ends", (WAIT, "", COMMIT, ""), "in-flight", TENSOR_STORE, "the block ends while this copy still reads"),
-    ("reused before it is read", (WAIT, "st.shared.u32 [smem+64], tid;"), "in-flight", "[smem+64], tid",
+    ("reused before it is read", (WAIT, "st.shared.u32 [%smem+64], %t;"), "in-flight", "[%smem+64], %t",
      "writes shared byte 64, which the copy at k.cu:\\d+ has not finished"),
-    ("waits for groups but one", (WAIT, "cp.async.bulk.wait_group.read 1; st.shared.u32 [smem+64], tid;"), "in-flight",
-     "[smem+64], tid", "writes shared byte 64"),
-    ("waits before the commit", (COMMIT + "\n" + WAIT, WAIT + COMMIT + "\nst.shared.u32 [smem+64], tid;"), "in-flight",
-     "[smem+64], tid", "writes shared byte 64"),
+    ("waits for groups but one", (WAIT, "cp.async.bulk.wait_group.read 1; st.shared.u32 [%smem+64], %t;"), "in-flight",
+     "[%smem+64], %t", "writes shared byte 64"),
+    ("waits before the commit", (COMMIT + "\n" + WAIT, WAIT + COMMIT + "\nst.shared.u32 [%smem+64], %t;"), "in-flight",
+     "[%smem+64], %t", "writes shared byte 64"),
     ("not all was written", ("COPY: setp.ge.u32 more, i, 512;", "COPY: setp.ge.u32 more, i, 511;"), "uninitialised", TENSOR_STORE,
      "was never written"),
 ]
@@ -249,7 +238,7 @@ BULK_BUGS = [
      "bytes into argument 0"),
     ("beyond shared memory", (BULK_STORE, "add.u32 to, to, 16384;\n" + BULK_STORE), "out-of-range", BULK_STORE,
      "shared bytes up to"),
-    ("just before shared memory", (BULK_STORE, "sub.u32 to, smem, bytes;\n" + BULK_STORE), "out-of-range", BULK_STORE, "of 1040"),
+    ("just before shared memory", (BULK_STORE, "sub.u32 to, %smem, bytes;\n" + BULK_STORE), "out-of-range", BULK_STORE, "of 1040"),
     ("a reduction", (BULK_STORE, "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [out], [to], bytes;"), "uncovered",
      "cp.reduce", ""),
     ("output read too early", (WAIT, "cp.async.bulk.wait_group.read 0;\nld.global.u32 v, [out+4];"), "in-flight",

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 import vgpu
-from ptx_kernel import Kernel, wait
-from test_bulk_copy import BULK_LOAD, BULK_STORE, COMMIT, FENCE, INIT, INIT_FENCE, MODES, STORE, WAIT, aligned, gpu
+from raw_ptx import Kernel, aligned, wait
+from test_bulk_copy import BULK_LOAD, BULK_STORE, COMMIT, FENCE, INIT, INIT_FENCE, MODES, STORE, WAIT
 
 # Through global memory within a kernel: what a block wrote by ordinary stores (with a proxy fence) or by a bulk store comes back.
 ORDINARY = "cvt.u64.u32 o, i; add.u64 o, out, o; ld.shared.u32 v, [a]; st.global.u32 [o], v;"
-BACK = Kernel("u64 x, u64 out, u32 bytes", f"""
+BACK = Kernel("x out bytes", f"""
 .reg .b32 to, bar, i, a, v; .reg .b64 o; .reg .pred p, lead;
-mov.u32 to, smem; add.u32 bar, smem, 1024; setp.eq.u32 lead, tid, 0; mul.lo.u32 i, tid, 4; add.u32 a, to, i;
+mov.u32 to, %smem; add.u32 bar, %smem, 1024; setp.eq.u32 lead, %t, 0; mul.lo.u32 i, %t, 4; add.u32 a, to, i;
 cvt.u64.u32 o, i; add.u64 o, x, o; ld.global.u32 v, [o]; add.u32 v, v, 1; st.shared.u32 [a], v;
 @lead {INIT}
 fence.proxy.async;
@@ -19,20 +19,21 @@ bar.sync 0;
 @lead {BULK_STORE} @lead cp.async.bulk.commit_group;
 @lead cp.async.bulk.wait_group 0;
 bar.sync 0;
-add.u32 to, smem, 512;
+add.u32 to, %smem, 512;
 @lead mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], bytes;
 @lead {BULK_LOAD.replace("[x]", "[out]")}
 {wait("bar", "0")}
 ld.shared.u32 v, [a+512]; sub.u32 v, v, 1; cvt.u64.u32 o, i; add.u64 o, x, o;
 ld.global.u32 i, [o]; setp.ne.u32 p, i, v; @p trap;
-""", shared=1024 + 16)
+""", memory=1024 + 16)
 BY_STORES = BACK.edit(f"@lead {BULK_STORE} @lead cp.async.bulk.commit_group;",
                       f"{ORDINARY}\nfence.proxy.async; // of global memory", "@lead cp.async.bulk.wait_group 0;\n", "")
 
 
 def run_back(kernel, seed=0, random_completion=False):
-    x, out = aligned(np.arange(64, dtype=np.uint32)), aligned(np.zeros(64, np.uint32))
-    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out, np.uint32(256)], written=(1,))
+    x, out = aligned(64, np.uint32), aligned(64, np.uint32)
+    x[:] = np.arange(64)
+    kernel.run(x, out, np.uint32(256), seed=seed, random_completion=random_completion, block=64, written=(1,))
     np.testing.assert_array_equal(out, x + np.uint32(1))
 
 
@@ -52,29 +53,30 @@ def test_there_and_back_too_soon():
 
 
 # Thread 32 overwrites the source of a load that thread 0 has waited for.
-SOURCE = Kernel("u64 x, u64 out", f"""
+SOURCE = Kernel("x out", f"""
 .reg .b32 bar, v, flag; .reg .b64 o; .reg .pred p, lead, other;
-add.u32 bar, smem, 256; add.u32 flag, smem, 264; setp.eq.u32 lead, tid, 0; setp.eq.u32 other, tid, 32;
+add.u32 bar, %smem, 256; add.u32 flag, %smem, 264; setp.eq.u32 lead, %t, 0; setp.eq.u32 other, %t, 32;
 @lead {INIT}
 @lead {INIT_FENCE}
 @lead st.shared.u32 [flag], 0;
 bar.sync 0;
 @!lead bra OTHER;
 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
-cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [x], 256, [bar];
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%smem], [x], 256, [bar];
 {wait("bar", "0")}
 st.release.cta.shared.u32 [flag], 1;
-ld.shared.u32 v, [smem+132]; st.global.u32 [out], v;
+ld.shared.u32 v, [%smem+132]; st.global.u32 [out], v;
 OTHER: @!other bra END;
 SPIN: ld.acquire.cta.shared.u32 v, [flag]; setp.eq.u32 p, v, 0; @p bra SPIN;
 st.global.u32 [x+132], 99;
 END:
-""", shared=272)
+""", memory=272)
 
 
 def run_source(kernel, seed=0, random_completion=False):
-    x, out = aligned(np.arange(64, dtype=np.uint32)), np.zeros(1, np.uint32)
-    kernel.launch(gpu(seed, random_completion), block=64, args=[x, out])
+    x, out = aligned(64, np.uint32), np.zeros(1, np.uint32)
+    x[:] = np.arange(64)
+    kernel.run(x, out, seed=seed, random_completion=random_completion, block=64)
     assert out[0] == 33 and x[33] == 99
 
 
@@ -87,14 +89,13 @@ def test_source_overwritten():
 
 def test_neighbour_of_a_copy_in_flight():
     """A row of 7 elements of 2 bytes is stored while the 8th, in the same 4 bytes as the 7th, is written."""
-    store = Kernel(STORE.params + ", u64 beside", STORE.body, STORE.shared, registers=".reg .b16 %h;").edit(
-        WAIT, f"mov.u16 %h, 9;\nst.global.u16 [beside], %h;\n{WAIT}", "i, 512;", "i, 64;")
+    store = STORE.edit(WAIT, f"mov.u16 %h0, 9;\nst.global.u16 [beside], %h0;\n{WAIT}", "i, 512;", "i, 64;", names="m x x1 x0 beside")
 
     def run(kernel, seed=0, element=7):
-        whole, x = aligned(np.zeros((16, 8), np.uint16)), aligned(np.arange(1, 129, dtype=np.uint16).reshape(16, 8))
-        with (g := gpu(seed)).mapped([("whole", whole, True, True)]):
-            args = [vgpu.TensorMap(whole[:, :7], (16, 8), 0), x, np.int32(0), np.int32(0), np.uint64(whole.ctypes.data + 2 * element)]
-            kernel.launch(g, block=64, args=args)
+        whole, x = aligned((16, 8), np.uint16), np.arange(1, 129, dtype=np.uint16).reshape(16, 8)
+        with vgpu.Gpu().mapped([("whole", whole, True, True)]):
+            kernel.run(vgpu.TensorMap(whole[:, :7], (16, 8), 0), x, np.int32(0), np.int32(0), np.uint64(whole.ctypes.data + 2 * element),
+                       seed=seed, block=64)
         wanted = x * (np.arange(8) < 7)
         wanted[0, 7] = 9
         np.testing.assert_array_equal(whole, wanted)
@@ -104,28 +105,28 @@ def test_neighbour_of_a_copy_in_flight():
 
 
 # Threads 0 and 1 store 16 bytes each; then thread 0 overwrites what both read from.
-OWN_GROUPS = Kernel("u64 out", f"""
+OWN_GROUPS = Kernel("out", f"""
 .reg .b32 at; .reg .b64 o; .reg .pred p;
-mad.lo.u32 at, tid, 16, smem; st.shared.v4.u32 [at], {{tid, tid, tid, 7}}; mul.wide.u32 o, tid, 16; add.u64 o, out, o;
+mad.lo.u32 at, %t, 16, %smem; st.shared.v4.u32 [at], {{%t, %t, %t, 7}}; mul.wide.u32 o, %t, 16; add.u64 o, out, o;
 {FENCE}
 cp.async.bulk.global.shared::cta.bulk_group [o], [at], 16;
 {COMMIT}
 cp.async.bulk.wait_group.read 0;
-bar.warp.sync 3; setp.ne.u32 p, tid, 0; @p bra END;
-st.shared.u32 [smem+4], 9;
-st.shared.u32 [smem+20], 9;
+bar.warp.sync 3; setp.ne.u32 p, %t, 0; @p bra END;
+st.shared.u32 [%smem+4], 9;
+st.shared.u32 [%smem+20], 9;
 END:
-""", shared=32)
+""", memory=32)
 
 
 def run_own_groups(kernel, seed=0, random_completion=False):
-    out = aligned(np.zeros((2, 4), np.uint32))
-    kernel.launch(gpu(seed, random_completion), block=2, args=[out])
+    out = aligned((2, 4), np.uint32)
+    kernel.run(out, seed=seed, random_completion=random_completion, block=2)
     np.testing.assert_array_equal(out, [[0, 0, 0, 7], [1, 1, 1, 7]])
 
 
 def test_groups_belong_to_threads():
     for seed, random_completion in ((0, False), (1, True)):
         run_own_groups(OWN_GROUPS, seed, random_completion)
-    first = OWN_GROUPS.edit("cp.async.bulk.wait_group.read 0;", "setp.eq.u32 p, tid, 0; @p cp.async.bulk.wait_group.read 0;")
-    first.caught(run_own_groups, "in-flight", "[smem+20], 9", "writes shared byte 20, which the copy")
+    first = OWN_GROUPS.edit("cp.async.bulk.wait_group.read 0;", "setp.eq.u32 p, %t, 0; @p cp.async.bulk.wait_group.read 0;")
+    first.caught(run_own_groups, "in-flight", "[%smem+20], 9", "writes shared byte 20, which the copy")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import vgpu
-from ptx_kernel import Kernel
-from test_bulk_copy import LOAD, STORE, TENSOR_LOAD, TENSOR_STORE, aligned, gpu, make_tensor, swizzle_bytes
+from raw_ptx import aligned
+from test_bulk_copy import LOAD, STORE, TENSOR_LOAD, TENSOR_STORE, make_tensor, swizzle_bytes
 
 
 def test_maps_that_do_not_fit():
@@ -16,8 +16,8 @@ def test_maps_that_do_not_fit():
 
     def run(made, row=0, written=(1,), device=tensor):
         def launch(kernel, seed):
-            with (g := gpu(seed)).mapped([("tensor", device, 0 in written, True)]):
-                kernel.launch(g, block=64, args=[made, out, np.int32(row), np.int32(0)], written=written)
+            with vgpu.Gpu().mapped([("tensor", device, 0 in written, True)]):
+                kernel.run(made, out, np.int32(row), np.int32(0), seed=seed, block=64, written=written)
         return launch
 
     LOAD.caught(run(vgpu.TensorMap(tensor.reshape(5, 8, 64), (1, 16, 64), 128)), "descriptor", TENSOR_LOAD,
@@ -27,33 +27,31 @@ def test_maps_that_do_not_fit():
     STORE.caught(run(vgpu.TensorMap(tensor, (16, 64), 128), written=()), "read-only", TENSOR_STORE, "which is an input")
 
 
-# The 128 bytes of a map in global memory, or anything else there; and a kernel parameter copied to local memory.
-IN_GLOBAL = Kernel(LOAD.params.replace("map m", "u64 m"), LOAD.body, LOAD.shared)
-IN_LOCAL = LOAD.edit("bar.sync 0;", """{ .reg .b64 from, to64, v; .reg .b32 n; .reg .pred more; mov.b64 from, p_m; mov.u32 n, 16;
+# A kernel parameter copied to local memory.
+IN_LOCAL = LOAD.edit("bar.sync 0;", """{ .reg .b64 from, to64, v; .reg .b32 n; .reg .pred more; mov.b64 from, q0; mov.u32 n, 16;
 mov.u64 to64, copied; cvta.local.u64 to64, to64;
 MOVE: ld.param.u64 v, [from]; st.u64 [to64], v; add.u64 from, from, 8; add.u64 to64, to64, 8; sub.u32 n, n, 1;
 setp.ne.u32 more, n, 0; @more bra MOVE;
 mov.u64 m, copied; cvta.local.u64 m, m; }
-bar.sync 0;""")
-IN_LOCAL.registers = ".local .align 128 .b8 copied[128];"
+bar.sync 0;""", variables=".local .align 128 .b8 copied[128];")
 
 
 def test_where_a_map_lies():
     tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)
-    encoded = aligned(vgpu.encode(vgpu.library().c.vgpu_encode_tiled, vgpu.TensorMap(tensor, (16, 64), 128), tensor.ctypes.data))
+    encoded, changed, numbers = (aligned(128, np.uint8) for _ in range(3))  # the 128 bytes of a map in global memory, or others
+    encoded[:] = vgpu.encode(vgpu.library().c.vgpu_encode_tiled, vgpu.TensorMap(tensor, (16, 64), 128), tensor.ctypes.data)
+    changed[:], numbers[:] = encoded ^ (np.arange(128) == 20), np.arange(128)
 
     def run(made):
         def launch(kernel, seed):
-            with (g := gpu(seed)).mapped([("tensor", tensor, False, True)]):
-                kernel.launch(g, block=64, args=[made, out, np.int32(3), np.int32(0)], written=(1,))
+            with vgpu.Gpu().mapped([("tensor", tensor, False, True)]):
+                kernel.run(made, out, np.int32(3), np.int32(0), seed=seed, block=64, written=(1,))
         return launch
 
-    run(encoded)(IN_GLOBAL, 0)
+    run(encoded)(LOAD, 0)
     np.testing.assert_array_equal(out, swizzle_bytes(tensor[3:19].view(np.uint8).reshape(-1), 128))
-    changed = aligned(encoded)
-    changed[20] ^= 1
-    IN_GLOBAL.caught(run(changed), "descriptor", TENSOR_LOAD, "are not a tensor map")
-    IN_GLOBAL.caught(run(aligned(np.arange(128, dtype=np.uint8))), "descriptor", TENSOR_LOAD, "are not a tensor map")
+    LOAD.caught(run(changed), "descriptor", TENSOR_LOAD, "are not a tensor map")
+    LOAD.caught(run(numbers), "descriptor", TENSOR_LOAD, "are not a tensor map")
     IN_LOCAL.caught(run(vgpu.TensorMap(tensor, (16, 64), 128)), "descriptor", TENSOR_LOAD, "must be __grid_constant__")
 
 
@@ -66,7 +64,7 @@ GOOD = dict(map=0, type=BF16, rank=2, address=0, dim=(64, 40), strides=(128,), b
 
 def encode(**changed):
     a = GOOD | changed
-    memory, storage = aligned(np.zeros(256, np.uint8)), aligned(np.zeros(64, np.uint8))
+    memory, storage = aligned(256, np.uint8), aligned(64, np.uint8)
     array = lambda kind, values: (kind * len(values))(*values)  # noqa: E731
     address = None if a["address"] is None else storage.ctypes.data + a["address"]
     status = vgpu.library().c.vgpu_encode_tiled(

@@ -3,14 +3,10 @@ import numpy as np
 import pytest
 
 import vgpu
-from ptx_kernel import Kernel
+from raw_ptx import Kernel
 
 FENCE, COMMIT, WAIT, PROXY = ("wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;",
                               "fence.proxy.async.shared::cta;")
-
-
-def gpu(seed=0):
-    return vgpu.Gpu(arch=90, seed=seed)
 
 
 # ------------------------------------------------------------------------------------------------ operands in shared memory
@@ -76,17 +72,17 @@ def product(n=64, steps=2, kind="bf16", accumulator="f32", a_registers=False, tr
             load += [f"ld.global.u32 a{s}_{i}, [fragments+{512 * (4 * s + i)}];" for i in range(4)]
     scales = scales or ["p"] + ["1"] * (steps - 1)
     products = [instruction(n, s, kind, accumulator, a_registers, transposes, scales[s], signs) for s in range(steps)]
-    return Kernel("u64 image, u64 operands, u64 fragments, u64 d, u32 accumulate", f"""
+    return Kernel("image operands fragments d accumulate", f"""
 .reg .b32 i, v; .reg .b64 o, at; .reg .pred more, p; .reg .b64 {", ".join(f"a{s}, b{s}" for s in range(steps))};
 {"".join(f".reg .b32 a{s}_0, a{s}_1, a{s}_2, a{s}_3; " for s in range(steps)) if a_registers else ""}
 .reg .{"f32" if accumulator == "f32" else "b32"} d<{count}>;
-mov.u32 i, tid;
-FILL: mul.wide.u32 o, i, 4; add.u64 at, image, o; ld.global.u32 v, [at]; mad.lo.u32 i, i, 4, smem;
+mov.u32 i, %t;
+FILL: mul.wide.u32 o, i, 4; add.u64 at, image, o; ld.global.u32 v, [at]; mad.lo.u32 i, i, 4, %smem;
 st.shared.u32 [i], v;
-sub.u32 i, i, smem; shr.u32 i, i, 2; add.u32 i, i, 128; setp.lt.u32 more, i, {nbytes // 4}; @more bra FILL;
+sub.u32 i, i, %smem; shr.u32 i, i, 2; add.u32 i, i, 128; setp.lt.u32 more, i, {nbytes // 4}; @more bra FILL;
 {PROXY}
 bar.sync 0;
-mul.wide.u32 o, tid, 4; add.u64 d, d, o; add.u64 fragments, fragments, o; shr.u32 v, smem, 4; cvt.u64.u32 o, v;
+mul.wide.u32 o, %t, 4; add.u64 d, d, o; add.u64 fragments, fragments, o; shr.u32 v, %smem, 4; cvt.u64.u32 o, v;
 setp.ne.u32 p, accumulate, 0;
 {chr(10).join(load)}
 {chr(10).join(f"ld.global.b32 d{i}, [d+{512 * i}];" for i in range(count))}
@@ -95,7 +91,7 @@ setp.ne.u32 p, accumulate, 0;
 {COMMIT}
 {WAIT}
 {chr(10).join(f"st.global.b32 [d+{512 * i}], d{i};" for i in range(count))}
-""", shared=nbytes)
+""", memory=nbytes)
 
 
 ROUND = {"bf16": lambda x: (np.float32(x).view(np.uint32) >> 16).astype(np.uint16),
@@ -135,8 +131,7 @@ def run_product(kernel, seed=0, n=64, k=32, kind="bf16", accumulator="f32", a=No
         change(operands)
     d, fragments = accumulators_of(c), fragments_of(ROUND[kind](x))
     shape = dict(block=128) | shape
-    kernel.launch(gpu(seed), args=[image, operands, fragments, d, np.uint32(accumulate), *extra(ROUND[kind](x), ROUND[kind](y))],
-                  written={3}, **shape)
+    kernel.run(image, operands, fragments, d, np.uint32(accumulate), *extra(ROUND[kind](x), ROUND[kind](y)), seed=seed, written={3}, **shape)
     wanted = c * (accumulate if start is None else start) + factor * (x.astype(np.float64) @ y.T)
     np.testing.assert_array_equal(d.view(c.dtype), accumulators_of(wanted.astype(c.dtype)).view(c.dtype))
 
@@ -209,7 +204,7 @@ SMALL = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {d0, d1, d2, d3}, a
 FIRST = "st.global.b32 [d+0], d0;"
 BUGS = [  # name, edits, kind, where, text
     ("accumulator read before the wait", (WAIT, ""), "wgmma", FIRST, "reads an accumulator of the wgmma at k.cu"),
-    ("accumulator read between", (COMMIT, "add.f32 %f, d9, d9;\n" + COMMIT), "wgmma", "add.f32 %f", "reads an accumulator"),
+    ("accumulator read between", (COMMIT, "add.f32 %f0, d9, d9;\n" + COMMIT), "wgmma", "add.f32 %f0", "reads an accumulator"),
     ("accumulator written in flight", (COMMIT, "mov.f32 d3, 0f00000000;\n" + COMMIT), "wgmma", "mov.f32 d3",
      "writes an accumulator"),
     ("no commit", (COMMIT, ""), "wgmma", FIRST, "reads an accumulator"),
@@ -218,19 +213,19 @@ BUGS = [  # name, edits, kind, where, text
      "after the last wgmma.fence"),
     ("no proxy fence", (PROXY, ""), "proxy", "// step 0", "ordinary store, without fence.proxy.async"),
     ("no barrier", ("bar.sync 0;", ""), "race", "// step 0", "wrote without a barrier"),
-    ("shared memory overwritten in flight", (COMMIT, COMMIT + "\nst.shared.u32 [smem+16], v;"), "in-flight", "[smem+16], v",
+    ("shared memory overwritten in flight", (COMMIT, COMMIT + "\nst.shared.u32 [%smem+16], v;"), "in-flight", "[%smem+16], v",
      "the matrix product at k.cu"),
     ("the warp ends", (WAIT, "ret;"), "in-flight", "// step 0", "did not wait for this matrix product"),
-    ("a warp never issues", (FENCE, "setp.eq.u32 more, warp, 3; @more ret;\n" + FENCE), "deadlock", WAIT, "polls near"),
-    ("half a warp", (FENCE, FENCE + "setp.lt.u32 more, lane, 16; @more ret;"), "divergent-collective|deadlock", "// step 0", ""),
-    ("another B in a warp", (FENCE, "setp.eq.u32 more, warp, 2; @more add.u64 b1, b1, 64;\n" + FENCE), "divergent-collective",
+    ("a warp never issues", (FENCE, "setp.eq.u32 more, %warp, 3; @more ret;\n" + FENCE), "deadlock", WAIT, "polls near"),
+    ("half a warp", (FENCE, FENCE + "setp.lt.u32 more, %lane, 16; @more ret;"), "divergent-collective|deadlock", "// step 0", ""),
+    ("another B in a warp", (FENCE, "setp.eq.u32 more, %warp, 2; @more add.u64 b1, b1, 64;\n" + FENCE), "divergent-collective",
      "// step 1", "different products"),
-    ("another A in a warp", (FENCE, "setp.eq.u32 more, warp, 2; @more add.u64 a1, a1, 64;\n" + FENCE), "divergent-collective",
+    ("another A in a warp", (FENCE, "setp.eq.u32 more, %warp, 2; @more add.u64 a1, a1, 64;\n" + FENCE), "divergent-collective",
      "// step 1", "different products"),
-    ("another scale in a warp", (FENCE, "setp.ne.u32 p, warp, 1;\n" + FENCE), "divergent-collective", "// step 0",
+    ("another scale in a warp", (FENCE, "setp.ne.u32 p, %warp, 1;\n" + FENCE), "divergent-collective", "// step 0",
      "different products"),
-    ("another scale in a lane", (FENCE, "setp.ne.u32 p, lane, 17;\n" + FENCE), "descriptor", "// step 0", "scale-d differs"),
-    ("another descriptor in a lane", (FENCE, "setp.eq.u32 more, lane, 17; @more add.u64 a0, a0, 64;\n" + FENCE), "descriptor",
+    ("another scale in a lane", (FENCE, "setp.ne.u32 p, %lane, 17;\n" + FENCE), "descriptor", "// step 0", "scale-d differs"),
+    ("another descriptor in a lane", (FENCE, "setp.eq.u32 more, %lane, 17; @more add.u64 a0, a0, 64;\n" + FENCE), "descriptor",
      "// step 0", "differs between the lanes"),
     ("an undefined descriptor", ("ld.global.u64 b2, [operands+40];", ""), "uninitialised", "// step 2", "descriptor or scale"),
     ("an undefined operand", ("setp.lt.u32 more, i, 4096;", "setp.lt.u32 more, i, 3968;"), "uninitialised", "[d+14336], d28",
@@ -241,9 +236,8 @@ BUGS = [  # name, edits, kind, where, text
 
 @pytest.mark.parametrize("bug", BUGS, ids=[bug[0] for bug in BUGS])
 def test_misuse(bug):
-    kernel = Kernel(PRODUCT.params, PRODUCT.body, PRODUCT.shared, registers=".reg .f32 %f;")
-    run_reports(kernel)
-    kernel.edit(*bug[1]).caught(run_reports, *bug[2:])
+    run_reports(PRODUCT)
+    PRODUCT.edit(*bug[1]).caught(run_reports, *bug[2:])
 
 
 A_BUGS = [
@@ -293,12 +287,12 @@ def test_wrong_numbers():
 
 
 # Two groups with accumulators of their own: a wait for all but the latest lets the first be read.
-TWO = Kernel("u64 d", f"""
+TWO = Kernel("d", f"""
 .reg .b32 v; .reg .b64 o, a, b; .reg .f32 c<4>, d<4>;
-mad.lo.u32 v, tid, 8, smem; mov.b64 o, 0x3c003c003c003c00; st.shared.u64 [v], o; st.shared.u64 [v+1024], o;
+mad.lo.u32 v, %t, 8, %smem; mov.b64 o, 0x3c003c003c003c00; st.shared.u64 [v], o; st.shared.u64 [v+1024], o;
 {PROXY}
 bar.sync 0;
-shr.u32 v, smem, 4; cvt.u64.u32 a, v; or.b64 a, a, 0x800400000; add.u64 b, a, 0; mul.wide.u32 o, tid, 4; add.u64 o, d, o;
+shr.u32 v, %smem, 4; cvt.u64.u32 a, v; or.b64 a, a, 0x800400000; add.u64 b, a, 0; mul.wide.u32 o, %t, 4; add.u64 o, d, o;
 {FENCE}
 wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{c0, c1, c2, c3}}, a, b, 0, 1, 1, 0, 0; // one
 {COMMIT} // one
@@ -308,12 +302,12 @@ wgmma.wait_group.sync.aligned 1; // but one
 st.global.f32 [o], c1;
 {WAIT} // all
 st.global.f32 [o+512], d1;
-""", shared=2048)
+""", memory=2048)
 
 
 def run_two(kernel, seed=0):
     d = np.zeros((2, 128), np.float32)
-    kernel.launch(gpu(seed), block=128, args=[d])
+    kernel.run(d, seed=seed, block=128)
     np.testing.assert_array_equal(d, [[16] * 128, [-16] * 128])
 
 
@@ -329,17 +323,16 @@ def test_groups():
 
 # A fifth warp overwrites shared memory once warp 0 has waited and said so.
 REUSED = PRODUCT.edit(
-    "mov.u32 i, tid;\nFILL:", """mov.u32 i, tid; setp.eq.u32 more, warp, 4; @more bra OTHER;
-setp.eq.u32 more, tid, 0; @more st.shared.u32 [smem+16384], 0;
-FILL:""", WAIT, f"{WAIT} setp.eq.u32 more, tid, 0; @more st.release.cta.shared.u32 [smem+16384], 1;")
-REUSED.shared += 16
-REUSED.body += """bra END;
-OTHER: bar.sync 0; setp.ne.u32 more, lane, 0; @more bra END;
-SPIN: ld.acquire.cta.shared.u32 v, [smem+16384]; setp.eq.u32 more, v, 0; @more bra SPIN;
-st.shared.u32 [smem+16], v;
-st.shared.u32 [smem+8208], v;
-END:
-"""
+    "mov.u32 i, %t;\nFILL:", """mov.u32 i, %t; setp.eq.u32 more, %warp, 4; @more bra OTHER;
+setp.eq.u32 more, %t, 0; @more st.shared.u32 [%smem+16384], 0;
+FILL:""", WAIT, f"{WAIT} setp.eq.u32 more, %t, 0; @more st.release.cta.shared.u32 [%smem+16384], 1;",
+    "[d+15872], d31;", """[d+15872], d31;
+bra END;
+OTHER: bar.sync 0; setp.ne.u32 more, %lane, 0; @more bra END;
+SPIN: ld.acquire.cta.shared.u32 v, [%smem+16384]; setp.eq.u32 more, v, 0; @more bra SPIN;
+st.shared.u32 [%smem+16], v;
+st.shared.u32 [%smem+8208], v;
+END:""", memory=16384 + 16)
 
 
 def test_shared_memory_reused():
@@ -349,25 +342,25 @@ def test_shared_memory_reused():
     for seed in range(4):
         run(REUSED, seed)
     for a, b in ("release", "relaxed"), ("acquire", "relaxed"):
-        for at in "[smem+16], v", "[smem+8208], v":
+        for at in "[%smem+16], v", "[%smem+8208], v":
             REUSED.edit(f".{a}.", f".{b}.").caught(run, "race", at, "a matrix product .* read without a barrier")
 
 
 # Operands by tensor copies: A and B rows of 128 bytes of one tensor.
-LOADED = Kernel(PRODUCT.params + ", map m", PRODUCT.body[:PRODUCT.body.index("mov.u32 i, tid;")] + """
-add.u32 v, smem, 16384; setp.eq.u32 p, tid, 0;
+LOADED = Kernel(PRODUCT.options["names"] + " m", PRODUCT.body[:PRODUCT.body.index("mov.u32 i, %t;")] + """
+add.u32 v, %smem, 16384; setp.eq.u32 p, %t, 0;
 @p mbarrier.init.shared::cta.b64 [v], 1;
 @p fence.mbarrier_init.release.cluster;
 bar.sync 0;
 @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [v], 16384;
-@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [m, {0, 0}], [v];
+@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%smem], [m, {0, 0}], [v];
 AGAIN: mbarrier.try_wait.parity.shared::cta.b64 more, [v], 0; @!more bra AGAIN;
-""" + PRODUCT.body[PRODUCT.body.index("mul.wide.u32 o, tid, 4;"):], shared=16400)
+""" + PRODUCT.body[PRODUCT.body.index("mul.wide.u32 o, %t, 4;"):], memory=16400)
 SECOND_COPY = """bar.sync 0;
 @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [v], 16384;
-@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [smem], [image], 16384, [v];
+@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%smem], [image], 16384, [v];
 AGAIN2: mbarrier.try_wait.parity.shared::cta.b64 more, [v], 1; @!more bra AGAIN2;
-mul.wide.u32 o, tid, 4;"""
+mul.wide.u32 o, %t, 4;"""
 
 
 def test_swizzle_of_a_tensor_copy():
@@ -383,4 +376,4 @@ def test_swizzle_of_a_tensor_copy():
     LOADED.caught(lambda k, seed: run(k, seed, mode=2), "descriptor", "// step 0",
                   "descriptor of B says a swizzle of 64 bytes, the tensor copy that wrote it one of 128")
     # What a later copy without a swizzle brings is what its bytes are.
-    run(LOADED.edit("mul.wide.u32 o, tid, 4;", SECOND_COPY), swizzle=0)
+    run(LOADED.edit("mul.wide.u32 o, %t, 4;", SECOND_COPY), swizzle=0)
