@@ -1,7 +1,9 @@
 """An NVIDIA GPU behind the interface of vgpu.Gpu, through the CUDA driver: the kernels of the virtual GPU's own tests run on both, and
 so confirm what it says instructions do. Reports and counters are the virtual GPU's alone."""
+import atexit
 import contextlib
 import ctypes
+import functools
 import re
 
 import numpy as np
@@ -14,28 +16,46 @@ class DriverError(Exception):
     """A call of the CUDA driver that failed, by name and number."""
 
 
-class Gpu:
-    """Device 0. Code for a newer one skips the test. The schedule is the hardware's, so the settings do nothing."""
-    virtual = False
+class Driver:
+    """libcuda with the primary context of device 0."""
 
-    def __init__(self, arch=90, seed=0, random_completion=False, **settings):
-        self.arch, self.counters, self.arrays = arch, [], {}
-        self.cuda = ctypes.CDLL("libcuda.so.1")
+    def __init__(self):
+        self.cuda, self.device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
         self.call("cuInit", 0)
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        self.call("cuDeviceGet", ctypes.byref(device), 0)
-        self.capability = [self.attribute(device, which) for which in (75, 76)]  # COMPUTE_CAPABILITY_MAJOR, _MINOR
-        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self.call("cuDeviceGet", ctypes.byref(self.device), 0)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self.device)
         self.call("cuCtxSetCurrent", context)
 
     def call(self, name, *args):
         if status := getattr(self.cuda, name)(*args):
             raise DriverError(f"{name}: error {status}")
 
-    def attribute(self, device, which):
+    def attribute(self, which):
         value = ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(value), which, device)
+        self.call("cuDeviceGetAttribute", ctypes.byref(value), which, self.device)
         return value.value
+
+    def release(self):
+        self.cuda.cuDevicePrimaryCtxRelease_v2(self.device)
+
+
+@functools.cache
+def driver():
+    """One for all Gpus: to make a context takes longer than a test."""
+    made = Driver()
+    atexit.register(made.release)
+    return made
+
+
+class Gpu:
+    """Device 0. Code for a newer one skips the test. The schedule is the hardware's, so the settings do nothing."""
+    virtual = False
+    library_ptx = vgpu.Gpu.library_ptx
+
+    def __init__(self, arch=90, seed=0, random_completion=False, **settings):
+        self.arch, self.counters, self.arrays = arch, [], {}
+        self.cuda, self.call = driver().cuda, driver().call
+        self.capability = [driver().attribute(which) for which in (75, 76)]  # COMPUTE_CAPABILITY_MAJOR, _MINOR
 
     def module(self, ptx):
         target, specific = re.search(r"^\.target sm_(\d+)(a?)", ptx, re.M).groups()
@@ -91,8 +111,12 @@ class Module:
 
     def __init__(self, gpu, ptx):
         self.gpu, self.handle = gpu, ctypes.c_void_p()
-        self.kernels = vgpu.describe(ptx)
+        self.ptx, self.kernels = ptx, vgpu.kernels_of(ptx)
         gpu.call("cuModuleLoadData", ctypes.byref(self.handle), ptx.encode() + b"\0")
+
+    def __del__(self):
+        if self.handle:
+            self.gpu.cuda.cuModuleUnload(self.handle)
 
     def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=(), programmatic=False):
         name = vgpu.one_kernel(self.kernels, kernel)
@@ -101,17 +125,11 @@ class Module:
             self.gpu.call("cuCtxSynchronize")
 
     def _launch(self, name, grid, block, cluster, args, shared, programmatic):
-        gpu, function, keep = self.gpu, ctypes.c_void_p(), []
+        gpu, function = self.gpu, ctypes.c_void_p()
         gpu.call("cuModuleGetFunction", ctypes.byref(function), self.handle, name.encode())
         if shared > 48 * 1024:
             gpu.call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
-        for value, size in zip(args, self.kernels[name]["params"], strict=True):
-            if isinstance(value, vgpu.TensorMap):
-                value = vgpu.encode(gpu.cuda.cuTensorMapEncodeTiled, value, gpu.pointer(value.array))
-            else:
-                value = np.array(vgpu.value_of(value, gpu.pointer))
-            assert value.nbytes == size, f"an argument of {name}: {size} bytes, got {value.nbytes}"
-            keep.append(value)
+        values = vgpu.values_of(args, self.kernels[name], gpu.pointer, gpu.cuda.cuTensorMapEncodeTiled)
         attributes = (_Attribute * 2)()
         count = 0
         if cluster:
@@ -125,5 +143,5 @@ class Module:
             attributes[count].value[0] = 1
             count += 1
         config = _Config((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), shared, None, attributes, count)
-        pointers = (ctypes.c_void_p * max(1, len(keep)))(*(value.ctypes.data for value in keep))
+        pointers = (ctypes.c_void_p * max(1, len(values)))(*(value.ctypes.data for value in values))
         gpu.call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)

@@ -115,10 +115,26 @@ def test_counters_of_a_product():
 def test_resources():
     """ptxas reports each kernel: registers, spills, and where it had to wait for a product by itself."""
     for source in ARCH:
-        for name, r in vgpu.resources(vgpu.compile(source, ARCH[source])).items():
+        for name, r in module(source).resources.items():
             assert 1 <= r["registers"] <= 255 and r["spills"] == 0, (name, r)
-            assert bool(r["warnings"]) == (name == "gemm_sm90_read_before_wait"), (name, r)
-    assert "(C7517)" in vgpu.resources(vgpu.compile(SM90, "90a"))["gemm_sm90_read_before_wait"]["warnings"][0]
+            assert bool(r["wgmma_warnings"]) == (name == "gemm_sm90_read_before_wait"), (name, r)
+
+
+def test_resources_join_counters_and_reports():
+    """When they are read: ptxas takes longer than a launch."""
+    mod, asked = module(SM90), vgpu.resources.cache_info()
+    runs.gemm_sm90(mod, "gemm_sm90")
+    runs.product(mod, "product_correct")
+    with pytest.raises(vgpu.Failure) as failure:
+        runs.gemm_sm90(mod, "gemm_sm90_read_before_wait")
+    assert vgpu.resources.cache_info() == asked
+    gemm, product, early = mod.gpu.counters
+    assert 1 <= gemm["registers"] <= 65536 // 384 and gemm["spills"] == gemm["shared_bytes"] == 0 and gemm["wgmma_warnings"] == []
+    assert product["shared_bytes"] == (64 + 128) * 128
+    for text in str(failure.value), early["wgmma_warnings"][0]:
+        assert "(C7517)" in text and text.endswith("'gemm_sm90_read_before_wait'")
+    with pytest.raises(KeyError):
+        gemm["stalls"]
 
 
 def test_refused_launches():
@@ -141,5 +157,28 @@ def test_refused_launches():
     for wrong in (dict(fresh={5}), dict(written={2})):
         with pytest.raises(ValueError, match="expected indices of array arguments"):
             mod.launch("reverse_correct", block=256, args=args, **wrong)
+    with pytest.raises(ValueError, match="argument 1: a read-only array, and the kernel may write it"):
+        out.flags.writeable = False
+        mod.launch("reverse_correct", block=256, args=args, written={1})
+    with pytest.raises(ValueError, match="argument 0: a read-only array"):
+        mod.launch("reverse_correct", block=256, args=[out, x, np.int32(256)])
+    mod.launch("reverse_correct", block=256, args=[out, x, np.int32(256)], written={1})
     with pytest.raises(vgpu.Failure, match="out-of-range"):  # None is a null pointer
-        module(SM80).launch("reverse_correct", block=256, args=[None, out, np.int32(256)])
+        module(SM80).launch("reverse_correct", block=256, args=[None, x, np.int32(256)])
+
+
+def test_refused_arguments():
+    """Of another size, and floats for integers or pointers and the reverse, which nvcc's PTX tells."""
+    mod, x, rows = module(SM80), np.zeros(256, np.int32), np.zeros((64, 64), np.uint16)
+    for kernel, block, args, why in [
+            ("reverse_correct", 256, [x, x, np.float32(256)], "argument 2: the kernel takes 4 bytes of type .u, got 4 of float32"),
+            ("reverse_correct", 256, [x, x, np.int64(256)], "argument 2: the kernel takes 4 bytes of type .u, got 8 of int64"),
+            ("reverse_correct", 256, [x, np.float64(1), np.int32(256)], "argument 1: the kernel takes 8 bytes of type .u, got 8 of float64"),
+            ("reverse_correct", 256, [x, x], "argument 2 is longer"),
+            ("attention_sm80", 128, [rows, rows, rows, x, np.uint32(1)], "argument 4: the kernel takes 4 bytes of type .f, got 4 of uint32")]:
+        with pytest.raises(ValueError, match=why):
+            mod.launch(kernel, block=block, args=args)
+    with pytest.raises(ValueError, match="argument 0: the kernel takes 128 bytes of type .b, got 8"):
+        module(SM90).launch("gemm_sm90", block=384, args=[rows, rows, rows, *map(np.int32, (64, 64, 64))])
+    with pytest.raises(ValueError, match="innermost dimension is contiguous: expected a stride of 2 bytes, got 128"):
+        vgpu.TensorMap(rows.T, (8, 8))

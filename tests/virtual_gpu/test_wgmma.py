@@ -240,6 +240,17 @@ def test_misuse(bug):
     PRODUCT.edit(*bug[1]).caught(run_reports, *bug[2:])
 
 
+@pytest.mark.parametrize("edits, said", [
+    ((WAIT, ""), "(C7517) warpgroup.wait is injected"), ((FENCE, ""), "(C7519) warpgroup.arrive is injected"),
+    ((COMMIT, "mov.f32 d3, 0f00000000;\n" + COMMIT), "wgmma.mma_async instructions are serialized"),
+    ((WAIT, "wgmma.stop;"), "ptxas fatal")])
+def test_what_ptxas_says(edits, said):
+    """It is part of the report; also that it refuses the text."""
+    with pytest.raises(vgpu.Failure) as failure:
+        run_reports(PRODUCT.edit(*edits))
+    assert said in str(failure.value) and str(failure.value).startswith(failure.value.reports[0]["kind"])
+
+
 A_BUGS = [
     ("overwritten in flight", (COMMIT, "mov.b32 a1_2, 0;\n" + COMMIT), "wgmma", "mov.b32 a1_2", "writes an A register"),
     ("written after the fence", (FENCE, FENCE + "mov.b32 a3_0, a2_0;"), "wgmma", "// step 3", "an A register was accessed"),

@@ -28,17 +28,38 @@ import c_api  # noqa: E402
 CSRC = ROOT / "csrc"
 
 
-class Failure(AssertionError):
-    """What the virtual GPU reports of a launch: a list of dicts with kind, kernel, where, thread, text, statement, times."""
-
-    def __init__(self, reports):
-        self.reports = reports
-        super().__init__("\n".join(f"{r['kind']} in {r['kernel']} at {r['where']} ({r['thread']}, {r['times']}x): {r['text']}\n    {r['statement']}"
-                                   for r in reports))
-
-
 class LaunchError(Exception):
     """A launch or module that the driver would refuse."""
+
+
+class Failure(AssertionError):
+    """What the virtual GPU reports of a launch: a list of dicts with kind, kernel, where, thread, text, statement, times. Its text also
+    has what ptxas says of the kernels' wgmma, asked when it is shown."""
+
+    def __init__(self, reports, ptx_of):
+        super().__init__(reports)
+        self.reports, self.ptx_of = reports, ptx_of
+
+    def __str__(self):
+        lines = [f"{r['kind']} in {r['kernel']} at {r['where']} ({r['thread']}, {r['times']}x): {r['text']}\n    {r['statement']}" for r in self.reports]
+        for kernel in dict.fromkeys(r["kernel"] for r in self.reports):
+            if "wgmma" in (ptx := self.ptx_of(kernel)):
+                try:
+                    lines += resources(ptx)[kernel]["wgmma_warnings"]
+                except LaunchError as refusal:
+                    lines.append(str(refusal))
+        return "\n".join(lines)
+
+
+class Counters(dict):
+    """What a launch cost. What ptxas says of its kernel (resources) is an entry too, asked when it is read."""
+
+    def __init__(self, counts, ptx_of):
+        super().__init__(counts)
+        self.ptx_of = ptx_of
+
+    def __missing__(self, name):
+        return resources(self.ptx_of(self["kernel"]))[self["kernel"]][name]
 
 
 def missing():
@@ -92,15 +113,12 @@ def compile(source, arch, *options):
     return kept.read_text()
 
 
-def describe(ptx):
-    """{kernel: dict(kernel, params: their sizes in bytes)} of a PTX text."""
+def kernels_of(ptx):
+    """{kernel: [(kind of type: b, u, s or f, bytes) of each parameter]} of a PTX text."""
     found = {}
-    for match in re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)", ptx):
-        sizes = []
-        for param in filter(None, (p.strip() for p in match[2].split(","))):
-            kind, count = re.search(r"\.[bsuf](\d+)\s", param), re.search(r"\[(\d+)\]", param)
-            sizes.append(int(kind[1]) // 8 * (int(count[1]) if count else 1))
-        found[match[1]] = dict(kernel=match[1], params=sizes)
+    for name, params in re.findall(r"\.entry\s+(\w+)\s*\(([^)]*)\)", ptx):
+        types = re.findall(r"\.([bsuf])(\d+)\s[^,[]*(?:\[(\d+)\])?", params)
+        found[name] = [(kind, int(bits) // 8 * int(count or 1)) for kind, bits, count in types]
     return found
 
 
@@ -111,9 +129,19 @@ def one_kernel(kernels, name):
     return names[0]
 
 
-def value_of(argument, pointer):
-    """What is passed for an argument: the address of an array, 0 for None (a null pointer), else the value itself."""
-    return np.uint64(0 if argument is None else pointer(argument)) if argument is None or isinstance(argument, np.ndarray) else argument
+def values_of(args, params, pointer, encoder):
+    """What is passed for arguments: the address of an array, 0 for None (a null pointer), a TensorMap's 128 bytes, else the value itself.
+    ValueError if a parameter has another size, or is of floats and the value is not (nvcc writes .f, .u for all else; .b says nothing)."""
+    values = []
+    for i, (x, (kind, size)) in enumerate(zip(args, params, strict=True)):
+        if isinstance(x, TensorMap):
+            value = encode(encoder, x, pointer(x.array))
+        else:
+            value = np.array(np.uint64(0 if x is None else pointer(x)) if x is None or isinstance(x, np.ndarray) else x)
+        if value.nbytes != size or (kind != "b" and (kind == "f") != (value.dtype.kind == "f")):
+            raise ValueError(f"argument {i}: the kernel takes {size} bytes of type .{kind}, got {value.nbytes} of {value.dtype}")
+        values.append(value)
+    return values
 
 
 def three(x):
@@ -127,6 +155,9 @@ def arrays_of(args, written, fresh):
     for i in {*(written or ()), *fresh}:
         if not (0 <= i < len(args) and isinstance(arrays[i][1], np.ndarray)):
             raise ValueError(f"written and fresh: expected indices of array arguments, got {i}")
+    for i, x in arrays:
+        if isinstance(x, np.ndarray) and (written is None or i in written) and not x.flags.writeable:
+            raise ValueError(f"argument {i}: a read-only array, and the kernel may write it")
     return [(f"argument {i}", x, written is None or i in written, i not in fresh) for i, x in arrays if isinstance(x, np.ndarray)]
 
 
@@ -142,7 +173,8 @@ class TensorMap:
     TYPES = {"uint8": 0, "uint16": 9, "float16": 6, "float32": 7, "int32": 3}  # uint16 holds bfloat16
 
     def __init__(self, array, box, swizzle=0):
-        assert array.strides[-1] == array.itemsize
+        if array.strides[-1] != array.itemsize:
+            raise ValueError(f"a tensor map's innermost dimension is contiguous: expected a stride of {array.itemsize} bytes, got {array.strides[-1]}")
         self.array, self.box, self.swizzle = array, tuple(box), swizzle
 
 
@@ -178,13 +210,14 @@ class Gpu:
                 raise ValueError(f"{name}: there is no such setting of {value!r}; architecture is 80 or 90, counts are positive")
         self.lib.c.vgpu_clear()
 
-    def finish(self):
-        """Takes the counters; raises Failure if there are reports."""
-        self.counters += json.loads(self.lib.c.vgpu_counters())
+    def finish(self, ptx_of=None):
+        """Takes the counters; raises Failure if there are reports. ptx_of: the text that a kernel comes from, else the library's."""
+        ptx_of = ptx_of or self.library_ptx_of
+        self.counters += [Counters(c, ptx_of) for c in json.loads(self.lib.c.vgpu_counters())]
         reports = json.loads(self.lib.c.vgpu_reports())
         self.lib.c.vgpu_clear()
         if reports:
-            raise Failure(reports)
+            raise Failure(reports, ptx_of)
 
     def mapped(self, arrays):
         """Context in which these (name, array, writable, initialised) are device memory, through all launches in it; what is mapped
@@ -194,10 +227,17 @@ class Gpu:
     def module(self, ptx):
         return Module(self, ptx)
 
-    def library_ptx(self):
+    @staticmethod
+    @functools.cache
+    def library_ptx():
         """The PTX texts of the library's own kernels, for resources()."""
-        c = self.lib.c
+        c = library().c
         return [c.vgpu_text(c.vgpu_library_module(i)).decode() for i in range(c.vgpu_library_modules())]
+
+    def library_ptx_of(self, kernel):
+        """The text of one of them that runs on this architecture."""
+        target = {ptx: int(re.search(r"\.target sm_(\d+)", ptx)[1]) for ptx in self.library_ptx() if kernel in kernels_of(ptx)}
+        return max((ptx for ptx in target if target[ptx] <= self.arch), key=target.get)
 
     def call(self, op, outputs=(), **fields):
         """An op of the C API on numpy arrays. outputs: names of the fields that it only writes; they may be strided."""
@@ -239,11 +279,14 @@ class Module:
     """Kernels from PTX text."""
 
     def __init__(self, gpu, ptx):
-        self.gpu, self.c = gpu, gpu.lib.c
+        self.gpu, self.c, self.ptx, self.kernels = gpu, gpu.lib.c, ptx, kernels_of(ptx)
         self.handle = self.c.vgpu_load(ptx.encode())
         if not self.handle:
             raise LaunchError(self.c.vgpu_error().decode())
-        self.kernels = {k["kernel"]: k for k in json.loads(self.c.vgpu_describe(self.handle))}
+
+    @property
+    def resources(self):
+        return resources(self.ptx)
 
     def __del__(self):
         if getattr(self, "handle", None):
@@ -253,39 +296,34 @@ class Module:
         """Runs a kernel. kernel: its name, or a part of its mangled name that one kernel has. args: numpy arrays (device memory),
         numpy scalars, TensorMaps. written: indices of the arrays that it may write (None: all). fresh: indices of those whose
         contents are undefined when it starts. programmatic: it may start before the launch before it ends (griddepcontrol)."""
-        name, keep = one_kernel(self.kernels, kernel), []
-        for i, (value, size) in enumerate(zip(args, self.kernels[name]["params"], strict=True)):
-            if isinstance(value, TensorMap):
-                value = encode(self.c.vgpu_encode_tiled, value, value.array.ctypes.data)
-            else:
-                value = np.array(value_of(value, lambda array: array.ctypes.data))
-            assert value.nbytes == size, f"argument {i} of {name}: {size} bytes, got {value.nbytes}"
-            keep.append(value)
+        name = one_kernel(self.kernels, kernel)
+        values = values_of(args, self.kernels[name], lambda array: array.ctypes.data, self.c.vgpu_encode_tiled)
         shape = [(ctypes.c_uint32 * 3)(*x) for x in (three(grid), three(block), three(cluster) if cluster else (0, 0, 0))]
-        pointers = (ctypes.c_void_p * max(1, len(keep)))(*(value.ctypes.data for value in keep))
+        pointers = (ctypes.c_void_p * max(1, len(values)))(*(value.ctypes.data for value in values))
         self.gpu.start()
         with self.gpu.mapped(arrays_of(args, written, fresh)):
             if self.c.vgpu_launch(self.handle, name.encode(), *shape, shared, programmatic, pointers):
                 raise LaunchError(self.c.vgpu_error().decode())
-            self.gpu.finish()
+            self.gpu.finish(lambda kernel: self.ptx)
 
 
 @functools.cache
 def resources(ptx):
-    """What ptxas says of each kernel: {name: dict(registers, spills, shared, warnings)}."""
+    """What ptxas says of each kernel: {name: dict(registers, spills: bytes, shared_bytes: static ones, wgmma_warnings)}."""
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]
     done = subprocess.run(["ptxas", "-v", f"-arch={arch}", "-o", "/dev/null", "/dev/stdin"], input=ptx, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        raise LaunchError(done.stderr)
     found, name = {}, None
     warnings = [line for line in done.stderr.splitlines() if re.search(r"\(C\d+\)|warning", line)]  # C75xx: what ptxas does to wgmma
     for line in done.stderr.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)'", line):
             name = match[1]
-            found[name] = dict(registers=0, spills=0, shared=0, warnings=[w for w in warnings if f"'{name}'" in w])
+            found[name] = dict(registers=0, spills=0, shared_bytes=0, wgmma_warnings=[w for w in warnings if f"'{name}'" in w])
         elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             found[name]["spills"] = int(match[1]) + int(match[2])
         elif match := re.search(r"Used (\d+) registers", line):
             found[name]["registers"] = int(match[1])
             if shared := re.search(r"(\d+) bytes smem", line):
-                found[name]["shared"] = int(shared[1])
+                found[name]["shared_bytes"] = int(shared[1])
     return found

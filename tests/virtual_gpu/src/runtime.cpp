@@ -217,7 +217,7 @@ VGPU_API int vgpu_launch(void *module, const char *kernel, const uint32_t *grid,
   return !device().launch(*(vgpu::LoadedModule *)module, function, shape, args);
 }
 
-// What a module declares, and the statements of its kernels that are not covered, as JSON.
+// The kernels of a module and the statements in them that are not covered, as JSON.
 VGPU_API const char *vgpu_describe(void *module) {
   static std::string text;
   vgpu::LoadedModule &loaded = *(vgpu::LoadedModule *)module;
@@ -230,9 +230,7 @@ VGPU_API const char *vgpu_describe(void *module) {
       device().error = e.what();
       return nullptr;
     }
-    text += (text.size() > 1 ? ", " : "") + std::string("{\"kernel\": ") + vgpu::json_string(kernel->name) + ", \"params\": [";
-    for (size_t i = 0; i < kernel->params.size(); ++i) text += (i ? ", " : "") + std::to_string(kernel->params[i].bytes);
-    text += "], \"shared_bytes\": " + std::to_string(p->shared_bytes) + ", \"uncovered\": [";
+    text += (text.size() > 1 ? ", " : "") + std::string("{\"kernel\": ") + vgpu::json_string(kernel->name) + ", \"uncovered\": [";
     bool first = true;
     for (const vgpu::Statement *s : p->uncovered) {
       text += (first ? "" : ", ") + vgpu::json_string(s->text);
