@@ -1,5 +1,5 @@
 """The kernels of kernels_sm80.cu and kernels_sm90.cu with their inputs and independent results: one list for the virtual GPU
-(test_kernels.py) and an NVIDIA GPU (test_silicon.py)."""
+and an NVIDIA GPU (test_kernels.py), and the mutations of these kernels (test_mutations.py)."""
 import numpy as np
 
 import vgpu

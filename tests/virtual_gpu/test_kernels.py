@@ -19,10 +19,19 @@ def module(source, seed=0, random_completion=False, ptx=None):
     return gpu.module(ptx or vgpu.compile(source, ARCH[source]))
 
 
+KERNELS = pytest.mark.parametrize("source, kernel, run", runs.CORRECT, ids=[kernel for _, kernel, _ in runs.CORRECT])
+
+
+@pytest.mark.on_silicon
+@KERNELS
+def test_correct_kernels(source, kernel, run):
+    run(module(source), kernel)
+
+
 @pytest.mark.parametrize("random_completion", (False, True), ids=("late", "random"))
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("source, kernel, run", runs.CORRECT, ids=[kernel for _, kernel, _ in runs.CORRECT])
-def test_correct_kernels(source, kernel, run, seed, random_completion):
+@KERNELS
+def test_correct_kernels_under_schedules(source, kernel, run, seed, random_completion):
     run(module(source, seed, random_completion), kernel)
 
 
