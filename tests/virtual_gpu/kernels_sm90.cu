@@ -54,7 +54,7 @@ __device__ void gemm(const CUtensorMap &a_map, const CUtensorMap &b_map, const C
             tma_load_2d_multicast(to + kOperandBytes + rank * kOperandBytes / 2, &b_map, full + stage * 8,  // caught: no_cluster_barrier
                                   step * kTileK, column + (int)rank * kTile / 2, 3);
           else
-            tma_load_2d(to + kOperandBytes, &b_map, full + stage * 8, step * kTileK, column);
+            tma_load_2d(to + kOperandBytes, &b_map, full + stage * 8, step * kTileK, column);  // caught: load_box
           if (++stage == kStages) stage = 0, phase ^= 1;
         }
       }
@@ -112,7 +112,7 @@ __device__ void gemm(const CUtensorMap &a_map, const CUtensorMap &b_map, const C
       named_barrier_sync(1 + group, 128);
       if (thread == 0) {
         const int row = (tile % rows * kCluster + (int)rank) * kTile + group * 64, column = tile / rows * kTile;
-        for (int half = 0; half < 2; ++half) tma_store_2d(&c_map, out + half * 64 * 128, column + half * 64, row);  // caught: no_proxy_fence_store
+        for (int half = 0; half < 2; ++half) tma_store_2d(&c_map, out + half * 64 * 128, column + half * 64, row);  // caught: no_proxy_fence_store, store_box
         bulk_commit();
       }
     }

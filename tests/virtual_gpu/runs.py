@@ -61,10 +61,11 @@ def reverse(module, kernel):
     np.testing.assert_array_equal(out, x[::-1])
 
 
-def gemm_sm90(module, kernel, m=256, n=256, k=192, grid=2, cluster=1):
+def gemm_sm90(module, kernel, m=256, n=256, k=192, grid=2, cluster=1, a_rows=128, c_rows=64):
+    """a_rows, c_rows: of the boxes of A and C; the kernel expects 128 and 64."""
     rng = np.random.default_rng(4)
     a, b, c = normal(rng, m, k), normal(rng, n, k), np.zeros((m, n), np.uint16)
-    maps = [vgpu.TensorMap(a, (128, 64), 128), vgpu.TensorMap(b, (128 // cluster, 64), 128), vgpu.TensorMap(c, (64, 64), 128)]
+    maps = [vgpu.TensorMap(x, (rows, 64), 128) for x, rows in ((a, a_rows), (b, 128 // cluster), (c, c_rows))]
     module.launch(kernel, grid=grid, block=384, cluster=(cluster,), shared=3 * 32768 + 32768 + 48,
                   args=[*maps, np.int32(m), np.int32(n), np.int32(k)], written={2}, fresh={2})
     close(c, exact(a) @ exact(b).T, k)
