@@ -134,6 +134,16 @@ def test_boxes(shape, box, dtype, pad, swizzle, direction):
         run(kernel, i, i % 2 == 1, tensor=tensor, box=box, origin=origin, swizzle=swizzle)
 
 
+@pytest.mark.on_silicon
+@pytest.mark.parametrize("direction", ["load", "store"])
+def test_a_permuted_tensor(direction):
+    """Heads outermost of [tokens, heads, 64]: the stride of a head is less than that of a token."""
+    make, run = (load_kernel, run_load) if direction == "load" else (store_kernel, run_store)
+    for origin in (1, 3, 0), (4, 30, 0):
+        tensor = make_tensor((40, 5, 64), np.uint16).transpose(1, 0, 2)
+        run(make(3, 4096), 0, tensor=tensor, box=(2, 16, 64), origin=origin, swizzle=128)
+
+
 def test_swizzles_differ():
     """The reference is no identity, and each mode has its own."""
     data = np.arange(2048, dtype=np.uint16).view(np.uint8)

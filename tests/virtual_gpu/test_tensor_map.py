@@ -91,7 +91,12 @@ LIMITS = [  # fits, does not
     (dict(box=(16, 16), swizzle=1), dict(box=(32, 16), swizzle=1)), (dict(box=(32, 16), swizzle=2), dict(box=(64, 16), swizzle=2)),
     (dict(box=(64, 16), swizzle=3), dict(box=(128, 16), swizzle=3)), (dict(box=(128, 16), swizzle=0), dict(swizzle=7)),
     (dict(), dict(swizzle=-1)), (dict(type=UINT8), dict(type=-1)), (dict(type=12, box=(32, 16)), dict(type=16)),
-    (dict(), dict(steps=(1, 9))), (dict(), dict(interleave=3)), (dict(), dict(fill=2))]
+    (dict(box=(32, 16), swizzle=3), dict(box=(72, 16), swizzle=3)), (dict(box=(8, 16), swizzle=1), dict(box=(24, 16), swizzle=1)),
+    (dict(steps=(8, 1)), dict(steps=(9, 1))), (dict(), dict(steps=(0, 1))), (dict(), dict(steps=(1, 9))), (dict(), dict(steps=(1, 0))),
+    (dict(l2=3), dict(l2=4)), (dict(), dict(l2=-1)), (dict(), dict(interleave=3)), (dict(), dict(fill=2)),
+    # Strides of permuted tensors fall, and each is subject to the limits.
+    (deep(3, strides=(4096, 128)), deep(3, strides=(4096, 136))), (deep(3, strides=(128, 4096)), deep(3, strides=(136, 4096))),
+    (deep(3, dim=(64, 1000, 8), strides=(1024, 128)), deep(3, strides=(1024, 1 << 40)))]
 
 
 @pytest.mark.parametrize("fits, breaks", LIMITS)
@@ -102,3 +107,9 @@ def test_limits_of_a_tensor_map(fits, breaks):
 def test_what_a_tensor_map_does_not_cover():
     """Legal, and refused all the same rather than wrong."""
     assert not encode(fill=1) and not encode(steps=(1, 2)) and not encode(interleave=1, **deep(3)) and not encode(swizzle=4)
+    assert not any(encode(type=packed, dim=(128, 40), box=(128, 16), swizzle=0) for packed in (13, 14, 15))
+    tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)
+    for swizzle, box in (128, (16, 32)), (64, (16, 16)), (32, (16, 8)):  # rows of half the swizzle
+        for kernel, at in (LOAD, TENSOR_LOAD), (STORE, TENSOR_STORE):
+            kernel.caught(lambda k, seed: k.run(vgpu.TensorMap(tensor, box, swizzle), out, np.int32(0), np.int32(0), seed=seed, block=64),  # noqa: B023
+                          "uncovered", at, f"rows of {swizzle // 2} bytes, narrower than its swizzle")

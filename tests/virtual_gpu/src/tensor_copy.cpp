@@ -17,11 +17,12 @@ uint32_t checksum(const TensorMap &map) {
 }
 
 int encode_tiled(void *out, int type, uint32_t rank, void *address, const uint64_t *dim, const uint64_t *strides, const uint32_t *box,
-                 const uint32_t *element_strides, int interleave, int swizzle, int, int fill) {
+                 const uint32_t *element_strides, int interleave, int swizzle, int l2, int fill) {
   constexpr int kInvalid = 1;  // CUDA_ERROR_INVALID_VALUE
   static const uint8_t bytes_of[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // CUtensorMapDataType
   if (!out || (uint64_t)out % 64 || type < 0 || type > 12 || rank < 1 || rank > 5 || !address || (uint64_t)address % 16) return kInvalid;
   if (interleave != 0 || swizzle < 0 || swizzle > 3 || fill != 0) return kInvalid;  // interleaved layouts and NaN fill are not covered
+  if (l2 < 0 || l2 > 3) return kInvalid;
   TensorMap map;
   memset(&map, 0, sizeof map);
   map.magic = kTensorMapMagic;
@@ -31,7 +32,9 @@ int encode_tiled(void *out, int type, uint32_t rank, void *address, const uint64
   map.swizzle = (uint8_t)swizzle;
   map.stride[0] = map.element_bytes;
   for (uint32_t i = 0; i < rank; ++i) {
-    if (dim[i] < 1 || dim[i] > 1ull << 32 || box[i] < 1 || box[i] > 256 || element_strides[i] != 1) return kInvalid;
+    if (dim[i] < 1 || dim[i] > 1ull << 32 || box[i] < 1 || box[i] > 256) return kInvalid;
+    if (element_strides[i] < 1 || element_strides[i] > 8 || (i > 0 && element_strides[i] != 1)) return kInvalid;  // the first is ignored, steps are not covered
+    // In any order: the documentation's formula says how the strides of a dense tensor come about, and maps of permuted ones are in use.
     if (i + 1 < rank && (strides[i] % 16 || strides[i] >= 1ull << 40)) return kInvalid;
     map.dim[i] = dim[i];
     map.box[i] = (uint16_t)box[i];
@@ -179,6 +182,11 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
         count[i] = map.box[i];
       }
       const uint32_t row_bytes = map.box[0] * map.element_bytes, unit = map.swizzle ? 16 : row_bytes;
+      if (map.swizzle && row_bytes < 16u << map.swizzle) {  // legal, but where the next row begins is nowhere said
+        launch.report("uncovered", &w, l, &in, "a box with rows of " + std::to_string(row_bytes) + " bytes, narrower than its swizzle");
+        launch.stop = true;
+        return;
+      }
       uint32_t shared = place.offset;
       uint32_t index[5] = {};
       const uint32_t rows = count[1] * count[2] * count[3] * count[4];
