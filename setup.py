@@ -1,4 +1,4 @@
-"""Builds the libraries with CMake and puts them beside the Python package; every flag lives in CMakeLists.txt."""
+"""Builds the libraries with CMake and puts them beside the Python package; every flag lives in CMake's files."""
 import os
 import subprocess
 import sys
