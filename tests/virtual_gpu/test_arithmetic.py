@@ -201,6 +201,8 @@ for t in ("u16", "s16", "u32", "s32", "u64", "s64"):
     if bits < 64:
         Case(f"mul.wide.{t}", wide, [t, t], MUL)
         Case(f"mad.wide.{t}", wide, [t, t, wide], FMA)
+    if bits == 32:
+        Case(f"sad.{t}", t, [t, t, t], lambda a, b, c: c + abs(a - b))
     Case(f"div.{t}", t, [t, t], lambda a, b: math.trunc(Fraction(a, b)), inputs=nonzero)
     Case(f"rem.{t}", t, [t, t], lambda a, b: a - b * math.trunc(Fraction(a, b)), inputs=nonzero)
     if t[0] == "s":
@@ -257,6 +259,12 @@ for op, f in {"and": lambda a, b: a and b, "or": lambda a, b: a or b, "xor": lam
         Case(f"setp.gtu.{op}.{t}{BOTH}", "u32", [t, t, "pred"],
              lambda a, b, c, f=f, gtu=UNORDERED["gtu"]: f(gtu(a[0], b[0]), c) | f(gtu(a[1], b[1]), c) << 1)
 Case("setp.eq.ftz.f32", "pred", ["f32", "f32"], lambda a, b: flush(a, "f32") == flush(b, "f32"))
+for name, f in (ORDERED | UNORDERED).items():
+    one = lambda *x, f=f: float(f(*x))
+    for t in ("f32", "f16", "bf16", "f16x2", "bf16x2"):
+        Case(f"set.{name}.{t}.{t}", t, [t, t], each(t, one))
+    for t in ("f16x2", "bf16x2"):
+        Case(f"set.{name}.u32.{t}", "u32", [t, t], lambda a, b, f=f: 0xFFFF * f(a[0], b[0]) | 0xFFFF0000 * f(a[1], b[1]))
 for t in ("b16", "u16", "s32", "b32", "f32", "b64", "f64"):
     Case(f"selp.{t}", f"b{bits_of(t)}", [f"b{bits_of(t)}"] * 2 + ["pred"], lambda a, b, p: a if p else b)
 
@@ -286,9 +294,10 @@ def lesser(a, b):
 
 
 OPS = {"add": ADD, "sub": SUB, "mul": MUL, "fma": FMA, "mad": FMA, "div": DIV, "rcp": lambda a: 1 / a}
-FORMS = {"f16": "add sub mul add.ftz fma.rn fma.rn.ftz fma.rn.relu", "bf16": "add.rn sub.rn mul.rn fma.rn fma.rn.relu",
+FORMS = {"f16": "add sub mul add.ftz add.sat sub.sat mul.sat fma.rn fma.rn.ftz fma.rn.relu fma.rn.sat",
+         "bf16": "add.rn sub.rn mul.rn fma.rn fma.rn.relu",
          "f32": "add add.rn add.ftz add.sat add.rz add.rz.ftz sub sub.rn sub.ftz sub.sat mul mul.rn mul.ftz mul.sat mad.rn "
-                "fma.rn fma.rn.ftz fma.rn.ftz.sat fma.rm fma.rm.ftz.sat div.rn div.rn.ftz rcp.rn",
+                "fma.rn fma.rn.ftz fma.rn.ftz.sat fma.rm fma.rm.ftz.sat fma.rz div.rn div.rn.ftz rcp.rn",
          "f64": "add sub mul div.rn rcp.rn fma.rn"}
 for t, part in ((t, t.removesuffix("x2")) for t in (*FORMATS, "f16x2", "bf16x2")):
     for form in FORMS[part].split():
@@ -338,6 +347,17 @@ for suffix, t in (("", None), (".ftz", "f32")):  # the errors are those of the I
         Case(f"{name}.approx{suffix}.f32", "f32", ["f32"],
              lambda a, f=partial(inexact, f, t), most=most: None if abs(a) > most else f(a), close=close)
     Case(f"div.full{suffix}.f32", "f32", ["f32", "f32"], partial(inexact, DIV, t), close=within(2 * ULP))
+
+
+def of_upper_half(f, a):
+    """What the 20 bits of the fraction in the upper half of a double give. (9.7.3 rcp.approx.ftz.f64)"""
+    return inexact(f, "f64", a if a != a else decode("f64", encode("f64", a) >> 32 << 32))
+
+
+for name, f in {"rcp": OPS["rcp"], "rsqrt": lambda a: 1 / np.sqrt(a)}.items():
+    Case(f"{name}.approx.ftz.f64", "f64", ["f64"], partial(of_upper_half, f), close=lambda got, want, near=within(2.0**-20, 0, "f64"): (
+        near(got, want) and (got != got or encode("f64", got) % 2**32 == 0)))
+Case("rsqrt.approx.f64", "f64", ["f64"], partial(inexact, lambda a: 1 / np.sqrt(a), None), close=within(2.0**-51, 0, "f64"))
 Case("div.approx.f32", "f32", ["f32", "f32"], lambda a, b: (0.0 if math.isfinite(a) else math.nan) if 2.0**126 < abs(b) < 2.0**128
      else None if 0 < abs(b) < 2.0**-126 else inexact(DIV, None, a, b), close=within(2 * ULP))
 Case("tanh.approx.f32", "f32", ["f32"], partial(inexact, np.tanh, None), close=within(2.0**-11))
@@ -395,6 +415,9 @@ for t in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", 
     Case(f"mov.{t}", raw := "pred" if t == "pred" else f"b{bits_of(t)}", [raw], lambda a: a)
 for op, to, sources, reference in (
         ("mov.b32 {d}, {{{0}, {1}}};", "b32", ["b16"] * 2, lambda a, b: a | b << 16),
+        ("{{ .reg .b8 %c<2>; cvt.s8.s32 %c0, {0}; cvt.u8.u32 %c1, {1}; mov.b16 {d}, {{%c0, %c1}}; }}", "b16", ["b32"] * 2,
+         lambda a, b: a & 255 | (b & 255) << 8),
+        ("{{ .reg .b8 %c; cvt.u8.u32 %c, {0}; mov.b16 {d}, {{%c, 0}}; }}", "b16", ["b32"], lambda a: a & 255),
         ("mov.b64 {d}, {{{0}, {1}}};", "b64", ["b32"] * 2, lambda a, b: a | b << 32),
         ("mov.b64 {d}, {{{0}, {1}, {2}, {3}}};", "b64", ["b16"] * 4, lambda a, b, c, d: a | b << 16 | c << 32 | d << 48),
         ("mov.b32 {{%h8, {d}}}, {0};", "b16", ["b32"], lambda a: a >> 16),
@@ -402,7 +425,8 @@ for op, to, sources, reference in (
         ("mov.b64 {{_, {d}}}, {0};", "b32", ["b64"], lambda a: a >> 32),
         ("mov.b64 {{%h6, {d}, %h7, %h8}}, {0};", "b16", ["b64"], lambda a: a >> 16),
         ("mov.b64 {{%r5, %r6}}, {0}; mov.b64 {d}, {{%r6, %r5}};", "b64", ["b64"], lambda a: a >> 32 | a << 32),
-        ("mov.u32 {d}, -5;", "u32", ["b32"], lambda a: -5), ("mov.b16 {d}, 0x8000;", "b16", ["b32"], lambda a: 0x8000),
+        ("mov.u32 {d}, -5;", "u32", ["b32"], lambda a: -5), ("mov.u32 {d}, WARP_SZ;", "u32", ["b32"], lambda a: 32),
+        ("sub.u32 {d}, {0}, WARP_SZ;", "u32", ["u32"], lambda a: a - 32), ("mov.b16 {d}, 0x8000;", "b16", ["b32"], lambda a: 0x8000),
         ("mov.f32 {d}, 0f3FC00000;", "f32", ["b32"], lambda a: 1.5),
         ("mov.f64 {d}, 0d3FF8000000000000;", "f64", ["b32"], lambda a: 1.5),
         ("add.s64 {d}, {0}, -1;", "s64", ["s64"], lambda a: a - 1),
@@ -466,6 +490,7 @@ UNDEFINED = ("mov.u32 %r9, never; ld.shared.u32 %r3, [%r9]; mov.f32 %r5, 0f40000
 MATTERS = (
     "add.s32 %r1, %r3, 1;", "fma.rn.f32 %r1, %r5, %r3, %r5;", "mad.lo.s32 %r1, %r6, %r6, %r3;", "ex2.approx.f32 %r1, %r3;",
     "cvt.rn.bf16x2.f32 %r1, %r5, %r3;", "cvt.u64.u32 %l3, %r3; cvt.u32.u64 %r1, %l3;", "fma.rn.bf16x2 %r1, %r5, %r5, %r3;",
+    "set.lt.f32.f32 %r1, %r5, %r3;",
     "mov.b64 %l3, {%r6, %r3}; mov.b64 {%r1, _}, %l3;", "cvt.u16.u32 %h1, %r3; mov.b32 %r1, {%h1, %h1};", "mov.b32 %r1, %r3;",
     "selp.u32 %r1, 1, 0, %p2;", "selp.b32 %r1, %r6, %r3, %p4;", "and.pred %p2, %p2, %p5; selp.u32 %r1, 1, 0, %p2;",
     "setp.lt.or.s32 %p2|%p3, %r3, 5, %p4; selp.u32 %r1, 1, 0, %p3;", "prmt.b32 %r1, %r6, %r3, 0x5410;",
@@ -487,11 +512,12 @@ def test_undefined_values_reach_stores_if_they_matter(statements):
 
 
 @pytest.mark.parametrize("statement", [
-    "add.cc.u32 %r1, %r3, %r3;", "mul24.lo.u32 %r1, %r3, %r3;", "sad.u32 %r1, %r3, %r3, %r3;", "bmsk.wrap.b32 %r1, %r3, %r3;",
+    "add.cc.u32 %r1, %r3, %r3;", "mul24.lo.u32 %r1, %r3, %r3;", "sad.u16 %h1, %h1, %h1, %h1;", "bmsk.wrap.b32 %r1, %r3, %r3;",
     "szext.clamp.s32 %r1, %r3, %r3;", "max.s16x2 %r1, %r3, %r3;", "prmt.b32.f4e %r1, %r3, %r3, %r3;", "cnot.b32 %r1, %r3;",
-    "set.lt.u32.s32 %r1, %r3, %r3;", "rsqrt.approx.ftz.f64 %l1, %l1;", "testp.finite.f32 %p2, %r3;", "mul.rz.f32 %r1, %r3, %r3;",
-    "cvt.rna.tf32.f32 %r1, %r3;", "fma.rp.f32 %r1, %r3, %r3, %r3;", "add.sat.f16x2 %r1, %r3, %r3;", "add.rz.f64 %l1, %l1, %l1;",
-    "slct.s32.s32 %r1, %r3, %r3, %r3;", "rcp.approx.ftz.f64 %l1, %l1;", "fma.rn.sat.f16 %h1, %h1, %h1, %h1;"])
+    "set.lt.u32.s32 %r1, %r3, %r3;", "set.lt.and.f32.f32 %r1, %r3, %r3, %p1;", "set.lt.u32.f16 %r1, %h1, %h1;",
+    "set.eq.ftz.f32.f32 %r1, %r3, %r3;", "testp.finite.f32 %p2, %r3;", "mul.rz.f32 %r1, %r3, %r3;",
+    "cvt.rna.tf32.f32 %r1, %r3;", "fma.rp.f32 %r1, %r3, %r3, %r3;", "add.sat.bf16x2 %r1, %r3, %r3;", "add.rz.f64 %l1, %l1, %l1;",
+    "slct.s32.s32 %r1, %r3, %r3, %r3;", "rcp.approx.f64 %l1, %l1;", "mov.b16 {%r1, %r2}, %h1;"])
 def test_uncovered_forms_stop(statement):
     with pytest.raises(vgpu.Failure, match="uncovered"):
         run("mov.u32 %r3, 1; " + statement)

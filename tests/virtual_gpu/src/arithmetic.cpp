@@ -58,6 +58,7 @@ struct Abs { template <class T> static T of(T a) { return a < 0 ? Sub::of(T(0), 
 struct Neg { template <class T> static T of(T a) { return Sub::of(T(0), a); } };
 struct Min { template <class T> static T of(T a, T b) { return a < b ? a : b; } };
 struct Max { template <class T> static T of(T a, T b) { return a < b ? b : a; } };
+struct Sad { template <class T> static T of(T a, T b, T c) { return Add::of(c, a < b ? Sub::of(b, a) : Sub::of(a, b)); } };  // 9.7.1 sad
 
 // 9.7.1 popc, clz, bfind, brev
 struct PopC { template <class T> static uint32_t of(T a) { return (uint32_t)__builtin_popcountll(a); } };
@@ -176,6 +177,14 @@ struct RealMax { template <class X> static X of(X a, X b) { return -RealMin<kNan
 struct Rcp { template <class X> static X of(X a) { return 1 / a; } };
 struct Sqrt { template <class X> static X of(X a) { return std::sqrt(a); } };
 struct Rsqrt { template <class X> static X of(X a) { return (X)(1 / std::sqrt((double)a)); } };
+template <class Op>
+struct UpperHalf {  // 9.7.3 rcp and rsqrt .approx.ftz.f64: of the upper 32 bits of a; the lower ones of the result are zero
+  static double flushed(double x) { return std::fabs(x) < 0x1p-1022 ? std::copysign(0.0, x) : x; }
+  static double of(double a) {
+    const double r = flushed(Op::of(flushed(bit_cast<double>(bit_cast<uint64_t>(a) >> 32 << 32))));
+    return a != a || r != r ? NAN : bit_cast<double>((bit_cast<uint64_t>(r) + 0x80000000) >> 32 << 32);
+  }
+};
 struct Ex2 { static float of(float a) { return std::exp2(a); } };
 struct Lg2 { static float of(float a) { return std::log2(a); } };
 struct Sin { static float of(float a) { return (float)std::sin((double)a); } };
@@ -286,6 +295,17 @@ void setp(Warp &w, const Inst &in, Mask m) {
   write_predicate(w, in.r[1], combine(in.b, second, other), m);
 }
 
+// 9.7.6 and 9.7.7 set. in.b: what true is (of each half); false is 0
+template <class T>
+void set(Warp &w, const Inst &in, Mask m) {
+  uint32_t to[32] = {};
+  for (int half = 0; half < 1 + is_packed<T>(); ++half) {
+    const Predicate p = compare<T>(w, in, half);
+    for (int l = 0; l < 32; ++l) to[l] |= p.value >> l & 1 ? (uint32_t)in.b << 16 * half : 0;
+  }
+  store_lanes(w, in.r[0], to, m, w.unit_poison[in.r[2]] | w.unit_poison[in.r[3]]);
+}
+
 // 9.7.6 selp: undefined where what was chosen is, or what chose
 template <class T>
 void selp(Warp &w, const Inst &in, Mask m) {
@@ -369,7 +389,7 @@ bool real(Form &f, Plan &p) {
   const Type t = f.type();
   p.a = take_modifiers(f);
   f.take("rn");
-  if ((p.a && t == Type::kF64) || (p.a & kSat && t != Type::kF32)) return false;
+  if ((p.a && t == Type::kF64) || (p.a & kSat && t != Type::kF32 && t != Type::kF16 && t != Type::kF16x2)) return false;
   const Exec e = List::choose(t, [&](auto tag) -> Exec {
     using T = typename decltype(tag)::type;
     using Of = std::conditional_t<sizeof(typename Format<T>::Part) == 2, Half, Op>;
@@ -378,7 +398,7 @@ bool real(Form &f, Plan &p) {
   return p.set(e, t, std::vector<Type>(kCount, t), Class::kFloat);
 }
 
-// The directed roundings that CUDA's own functions use: expf has fma.rm, roundf add.rz, both of f32.
+// The directed roundings that CUDA's own functions use: expf has fma.rm, fmodf fma.rz, roundf add.rz, all of f32.
 template <template <int> class Odd, int kCount, int kMode>
 bool directed(Form &f, Plan &p) {
   p.a = take_modifiers(f);
@@ -415,6 +435,7 @@ bool mad(Form &f, Plan &p) {
 }
 
 bool fma(Form &f, Plan &p) {
+  if (f.take("rz")) return directed<OddFma, 3, kZero>(f, p);
   return f.take("rm") ? directed<OddFma, 3, kDown>(f, p) : real<RealFma, 3, Reals, OddFma<kNearest>>(f, p);
 }
 
@@ -428,9 +449,13 @@ bool div(Form &f, Plan &p) {
   if (f.take("approx")) return real<DivApprox, 2, Single>(f, p);
   return f.take("full") ? real<RealDiv, 2, Single>(f, p) : real<RealDiv, 2, Singles>(f, p);
 }
-// .approx of f32, or the exact one.
 template <class Op>
-bool root(Form &f, Plan &p) { return f.take("approx") ? real<Op, 1, Single>(f, p) : real<Op, 1, Singles>(f, p); }
+bool upper_half(Form &f, Plan &p) { return f.type() == Type::kF64 && f.take("ftz") && real<UpperHalf<Op>, 1, Types<double>>(f, p); }
+bool rcp(Form &f, Plan &p) {
+  return f.take("approx") ? upper_half<Rcp>(f, p) || real<Rcp, 1, Single>(f, p) : real<Rcp, 1, Singles>(f, p);
+}
+bool sqrt(Form &f, Plan &p) { return f.take("approx") ? real<Sqrt, 1, Single>(f, p) : real<Sqrt, 1, Singles>(f, p); }
+bool rsqrt(Form &f, Plan &p) { return f.take("approx") && (upper_half<Rsqrt>(f, p) || real<Rsqrt, 1, Singles>(f, p)); }
 
 template <bool kLeft>
 bool funnel(Form &f, Plan &p) {
@@ -464,6 +489,22 @@ bool setp(Form &f, Plan &p) {
   return (p.a & 15) && p.set(integers ? integers : reals, Type::kPred, sources, integers ? Class::kInteger : Class::kFloat);
 }
 
+// The result has the type of the operands, or is .u32 of halves that are all ones.
+bool set(Form &f, Plan &p) {
+  if (f.types.size() != 2) return false;
+  const Type to = f.types[0], from = f.types[1];
+  const bool ones = to == Type::kU32 && (from == Type::kF16x2 || from == Type::kBF16x2);
+  if (to != from && !ones) return false;
+  p.a = accepted(f);
+  p.two = true;  // operands where setp has them
+  const Exec e = Small::choose(from, [&](auto tag) -> Exec {
+    using T = typename decltype(tag)::type;
+    p.b = ones ? 0xffff : (int)to_lane(encode<typename Format<T>::Part>(1));
+    return set<T>;
+  });
+  return p.a && p.set(e, to, {from, from}, Class::kFloat);
+}
+
 bool selp(Form &f, Plan &p) {
   const Type t = f.type();
   const Exec e = type_bytes(t) == 8 ? selp<uint64_t> : type_bytes(t) >= 2 ? selp<uint32_t> : nullptr;
@@ -479,13 +520,13 @@ bool decode_arithmetic(Decoder &d, const Statement &s, Inst &in) {
   static const std::unordered_map<std::string, bool (*)(Form &, Plan &)> families = {
       {"add", add_sub<RealAdd, Add>}, {"sub", add_sub<RealSub, Sub>}, {"mul", mul}, {"mad", mad}, {"fma", fma},
       {"div", div}, {"rem", div_rem<Rem>}, {"abs", abs}, {"neg", neg}, {"min", min_max<RealMin, Min>},
-      {"max", min_max<RealMax, Max>}, {"popc", count<PopC, Words>}, {"clz", count<Clz, Words>}, {"bfind", bfind},
+      {"max", min_max<RealMax, Max>}, {"sad", ternary<Sad, Types<uint32_t, int32_t>>}, {"popc", count<PopC, Words>}, {"clz", count<Clz, Words>}, {"bfind", bfind},
       {"brev", unary<BRev, Words>}, {"bfe", typed<Bfe, SignedWords, Self, Self, uint32_t, uint32_t>},
       {"bfi", typed<Bfi, Words, Self, Self, Self, uint32_t, uint32_t>}, {"prmt", ternary<Prmt, Word>},
       {"lop3", typed<Lop3, Word, Self, Self, Self, Self, Self>}, {"shf", shf}, {"shl", shift<ShiftLeft, Integers>},
       {"shr", shift<ShiftRight, Integers>}, {"and", binary_logic<And, kAnd>}, {"or", binary_logic<Or, kOr>},
-      {"xor", binary_logic<Xor, kXor>}, {"not", logic_inverse}, {"setp", setp}, {"selp", selp},
-      {"copysign", binary<CopySign, Singles>}, {"rcp", root<Rcp>}, {"sqrt", root<Sqrt>}, {"rsqrt", approximate<Rsqrt, Single>},
+      {"xor", binary_logic<Xor, kXor>}, {"not", logic_inverse}, {"setp", setp}, {"set", set}, {"selp", selp},
+      {"copysign", binary<CopySign, Singles>}, {"rcp", rcp}, {"sqrt", sqrt}, {"rsqrt", rsqrt},
       {"ex2", approximate<Ex2, Small>}, {"lg2", approximate<Lg2, Single>}, {"sin", approximate<Sin, Single>},
       {"cos", approximate<Cos, Single>}, {"tanh", approximate<Tanh, Small>}};
   const auto family = families.find(s.parts[0]);

@@ -253,10 +253,11 @@ bool decode_mov(Decoder &d, const Statement &s, Inst &in) {
     in.b = (int)(unpacks ? to : from).elements.size();
     if ((unpacks && packs) || in.b < 2 || to.pair) return false;
     in.a = 8 * type_bytes(t) / in.b;
-    if (in.a * in.b != 8 * type_bytes(t) || (in.a != 16 && in.a != 32)) return false;
-    (unpacks ? to_type : from_type) = in.a == 16 ? Type::kB16 : Type::kB32;
+    if (in.a * in.b != 8 * type_bytes(t) || (in.a != 16 && in.a != 32 && !(in.a == 8 && in.b == 2 && packs))) return false;
+    const Type element = in.a == 8 ? Type::kB8 : in.a == 16 ? Type::kB16 : Type::kB32;
+    (unpacks ? to_type : from_type) = element;
     for (const Operand &e : (unpacks ? to : from).elements)
-      if (!fits(d, e, in.a == 16 ? Type::kB16 : Type::kB32)) return false;
+      if (!fits(d, e, element)) return false;
     in.exec = unpacks ? (wide ? unpack<uint64_t> : unpack<uint32_t>) : (wide ? pack<uint64_t> : pack<uint32_t>);
   } else {
     in.exec = wide ? move<uint64_t> : type_bytes(t) >= 2 ? move<uint32_t> : nullptr;

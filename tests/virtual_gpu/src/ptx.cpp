@@ -415,8 +415,9 @@ class Parser {
       }
     } else {
       o.reg = find_register(peek());
-      o.kind = o.reg >= 0 ? Operand::kRegister : Operand::kSymbol;
-      o.symbol = o.reg >= 0 ? "" : peek();
+      o.kind = o.reg >= 0 ? Operand::kRegister : at("WARP_SZ") ? Operand::kImmediate : Operand::kSymbol;
+      o.symbol = o.kind == Operand::kSymbol ? peek() : "";
+      o.immediate = o.kind == Operand::kImmediate ? 32 : 0;  // (PTX ISA 4.5.3)
       next();
     }
     return o;
