@@ -239,6 +239,38 @@ void Decoder::flow_graph() {
     if (ipdom[(size_t)i] >= 0) reconverge_[(size_t)i] = ipdom[(size_t)i];
 }
 
+// ---------------------------------------------------------------------------------------------------------- CAS loops
+
+int Decoder::copy_of(int reg) {
+  while (copies_[(size_t)reg] != reg) reg = copies_[(size_t)reg];
+  return reg;
+}
+
+// The loop of CUDA's atomicAdd of bf16 on sm_80, and of its programming guide: a plain load gives the first value that the CAS
+// expects, what the CAS returns the next one. A wrong guess costs a turn and no more, so it may race with atomics.
+bool Decoder::guess_of_cas(const Statement &load) {
+  const std::vector<Statement> &code = program_.kernel->statements;
+  if (compare_and_swaps_.empty() || load.operands[0].reg < 0) return false;
+  if (copies_.empty()) {
+    copies_.resize(program_.kernel->registers.size());
+    for (size_t r = 0; r < copies_.size(); ++r) copies_[r] = (int)r;
+    for (const Statement &s : code)
+      if (s.parts[0] == "mov" && s.operands.size() == 2 && s.operands[0].reg >= 0 && s.operands[1].reg >= 0)
+        copies_[(size_t)copy_of(s.operands[0].reg)] = copy_of(s.operands[1].reg);
+  }
+  const auto is_copy = [&](int reg) { return reg >= 0 && copy_of(reg) == copy_of(load.operands[0].reg); };
+  const auto expects = [&](const Statement *s) {
+    return type_bytes(last_type(*s)) == type_bytes(last_type(load)) && is_copy(s->operands[0].reg) && is_copy(s->operands[2].reg);
+  };
+  if (std::none_of(compare_and_swaps_.begin(), compare_and_swaps_.end(), expects)) return false;
+  for (const Statement *s = &load + 1; s != code.data() + code.size(); ++s) {
+    if (std::any_of(code.begin(), code.end(), [&](const Statement &t) { return t.target == s - code.data(); })) return true;  // the loop
+    const std::vector<int> used = effects(*s).used;
+    if (s->parts[0] != "mov" && std::any_of(used.begin(), used.end(), is_copy)) return false;
+  }
+  return false;
+}
+
 // ----------------------------------------------------------------------------------------------------------- operands
 
 Slot Decoder::constant(uint64_t value, bool wide) {
@@ -379,6 +411,8 @@ void Decoder::run() {
   program_.operands.resize(code.size());
   program_.defined.resize(code.size() + 1);
   program_.used.resize(code.size() + 1);
+  for (const Statement &s : code)
+    if (s.parts[0] == "atom" && s.has("cas") && s.operands.size() > 2) compare_and_swaps_.push_back(&s);
   using Family = bool (*)(Decoder &, const Statement &, Inst &);
   static const Family families[] = {decode_control, decode_arithmetic, decode_convert, decode_memory, decode_collective, decode_barrier,
                                     decode_async, decode_tensor_copy, decode_matrix, decode_wgmma};

@@ -23,12 +23,14 @@ class Decoder {
   Slot constant(uint64_t value, bool wide);
   bool narrow(const Operand &o) const;       // a 16-bit register
   bool wide(const Operand &o) const;         // a 64-bit register
+  bool guess_of_cas(const Statement &load);  // whether a CAS checks what it loads, before anything else uses it
 
   struct Uncovered {};
 
  private:
   void allocate_registers();
   void flow_graph();
+  int copy_of(int reg);
   Slot slot_of(int reg) const { return slots_[(size_t)reg]; }
   Slot special(const std::string &name);
 
@@ -40,6 +42,8 @@ class Decoder {
   std::map<std::pair<uint64_t, bool>, Slot> constants_;
   std::map<std::string, Slot> specials_;
   std::vector<int> reconverge_;    // by statement
+  std::vector<int> copies_;        // by register: another that a mov joins with it, or itself; empty until it is asked for
+  std::vector<const Statement *> compare_and_swaps_;
 };
 
 constexpr Slot kNegated = 0x8000;  // of a predicate source

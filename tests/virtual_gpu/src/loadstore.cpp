@@ -61,7 +61,9 @@ void count_global(Warp &warp, const uint64_t *addresses, Mask lanes, unsigned by
 
 bool is_shared(Space s) { return s == Space::kShared || s == Space::kSharedCluster; }
 
-uint8_t strength(const Inst &in) { return in.a == kWeak ? 0 : (in.b & 1) == kCtaScope ? kStrong | kBlockScope : kStrong; }
+constexpr int kGuess = 4;  // in Inst::b of a weak load: a CAS checks what it reads
+
+uint8_t strength(const Inst &in) { return in.a == kWeak ? in.b & kGuess ? kStrong : 0 : (in.b & 1) == kCtaScope ? kStrong | kBlockScope : kStrong; }
 
 void addresses_of(Warp &w, const Inst &in, Slot base, Mask m, uint64_t *out) {
   if (check_poison(w, in, w.unit_poison[base] & m, "an address")) w.unit_poison[base] &= ~m;
@@ -415,6 +417,7 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
       const Operand &first = s.operands[0].kind == Operand::kVector ? s.operands[0].elements.at(0) : s.operands[0];
       if (d.narrow(first)) in.type2 = Type::kU16;
       if (type_bytes(in.type) < 8 && d.wide(first)) in.b |= 2;
+      if (in.a == kWeak && in.vector == 1 && !in.c && in.space != Space::kParam && d.guess_of_cas(s)) in.b |= kGuess;
       d.address(s.operands.at(1), in);
       in.exec = load;
       return true;
