@@ -1,4 +1,7 @@
 // What nvcc makes of atomics, calls and cooperative launches, for test_forms.py, which computes the same in Python.
+#include <cassert>
+#include <cstdio>
+
 #include <cuda_bf16.h>
 
 #define KERNEL extern "C" __global__ void
@@ -50,4 +53,99 @@ KERNEL use_the_guess(int *sum, int *seen) {
 KERNEL store_beside_the_loop(double *sum, const double *x) {
   if (THREAD == 0) *sum = 0;
   add(sum, x[THREAD]);
+}
+
+// ------------------------------------------------------------------------------------------------------------------------- calls
+
+struct Numbers {
+  float x;
+  int n[5];
+};
+
+__device__ __noinline__ float power(float x, int n) {
+  float r = 1;
+  for (int i = 0; i < n; ++i) {
+    if (r > 100) return -r;
+    r *= x;
+  }
+  return r;
+}
+
+__device__ __noinline__ Numbers change(Numbers s, const float *p, int i) {
+  s.n[i] += 3;
+  s.x = s.n[i & 3] + p[i];
+  return s;
+}
+
+__device__ __noinline__ int look_up(const Numbers &s, int i) { return s.n[i]; }
+
+// What the thread beside this one has.
+__device__ __noinline__ float beside(float x) {
+  __shared__ float s[128];
+  __syncthreads();
+  s[threadIdx.x] = x;
+  __syncthreads();
+  return s[threadIdx.x ^ 1];
+}
+
+__device__ __noinline__ bool less_or_more(char a, short b, bool more) { return more ? a > b : a < b; }
+
+__device__ __noinline__ float nested(float x, int n) { return power(x, n) + power(x + 1, 2); }
+
+// The lanes of a warp call from two places.
+KERNEL call_scalars(const float *x, float *out) {
+  const int t = THREAD;
+  if (t % 3 == 0)
+    out[t] = power(x[t], t % 7);
+  else
+    out[t] = nested(x[t], t % 5) + 1;
+}
+
+KERNEL call_structures(const float *x, int *out) {
+  const int t = THREAD;
+  Numbers s = {x[t], {1, 2, 3, 4, t}};
+  s = change(s, x, t % 5);
+  out[2 * t] = (int)s.x + 10 * s.n[2] + 100 * s.n[4];
+  out[2 * t + 1] = look_up(s, t % 5);
+}
+
+KERNEL call_with_barriers(float *x) {
+  const float y = beside(x[threadIdx.x]);
+  x[threadIdx.x] = y + 2 * beside(3 * y);
+}
+
+KERNEL call_small_types(const char *a, const short *b, bool *out) {
+  const int t = THREAD;
+  out[t] = less_or_more(a[t], b[t], out[t]);
+}
+
+KERNEL call_pow(double *x) { x[THREAD] = pow(x[THREAD], 1.7); }
+
+__device__ __noinline__ void write(int *out, int i) { out[i] = i; }
+
+KERNEL call_out_of_range(int *out) {
+  write(out, THREAD);
+  if (THREAD == 5) write(out, 64);
+}
+
+__device__ __noinline__ int fibonacci(int n) { return n < 2 ? n : fibonacci(n - 1) + fibonacci(n - 2); }
+
+KERNEL call_recursive(int *x) { x[0] = fibonacci(x[0]); }
+
+__device__ __noinline__ int twice(int a) { return 2 * a; }
+__device__ __noinline__ int thrice(int a) { return 3 * a; }
+
+KERNEL call_pointer(int *x) {
+  int (*f)(int) = x[0] ? twice : thrice;
+  x[1] = f(x[2]);
+}
+
+KERNEL call_printf(int *x) {
+  if (x[0]) printf("%d\n", x[1]);
+  x[1] = 5;
+}
+
+KERNEL call_assert(int *x) {
+  assert(x[THREAD] > 0 && "all are positive");
+  x[THREAD] = 1;
 }

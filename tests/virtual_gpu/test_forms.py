@@ -95,3 +95,124 @@ def test_a_guess_is_what_the_loop_alone_uses(case):
         caught("race", wrong, np.zeros(1, np.uint32), seed=seed, grid=2, block=64)
         run(right, total, seed=seed, grid=2, block=64)
         assert total[0] == 128
+
+
+# ---------------------------------------------------------------------------------------------------------------------- calls
+
+@pytest.mark.on_silicon
+@pytest.mark.parametrize("seed", SEEDS)
+def test_call_of_scalars(seed):
+    """From two places in lanes that are apart, one of them through another function; with an early return."""
+    def power(x, n):
+        r = np.float32(1)
+        for _ in range(n):
+            if r > 100:
+                return -r
+            r *= x
+        return r
+    x, out = np.random.default_rng(seed).integers(1, 9, 192).astype(np.float32), np.zeros(192, np.float32)
+    launch("call_scalars", x, out, seed=seed, grid=2, block=96, written={1}, fresh={1})
+    np.testing.assert_array_equal(out, [power(x[t], t % 7) if t % 3 == 0 else power(x[t], t % 5) + power(x[t] + 1, 2) + 1
+                                        for t in range(192)])
+
+
+@pytest.mark.on_silicon
+@pytest.mark.parametrize("arch", ("80", "90a"))
+def test_call_of_structures(arch):
+    """By value and by address, and returned."""
+    x, out, wanted = np.arange(1, 97, dtype=np.float32), np.zeros((96, 2), np.int32), []
+    for t in range(96):
+        n = [1, 2, 3, 4, t]
+        n[t % 5] += 3
+        wanted.append([n[t % 5 & 3] + x[t % 5] + 10 * n[2] + 100 * n[4], n[t % 5]])
+    launch("call_structures", x, out, arch=arch, block=96, written={1}, fresh={1})
+    np.testing.assert_array_equal(out, wanted)
+
+
+@pytest.mark.on_silicon
+@pytest.mark.parametrize("seed", SEEDS)
+def test_call_with_barriers_and_shared_memory(seed):
+    """The function's shared memory is the same in both calls."""
+    x = np.random.default_rng(seed).integers(0, 100, 128).astype(np.float32)
+    wanted = x.reshape(-1, 2)[:, ::-1].reshape(-1) + 6 * x
+    launch("call_with_barriers", x, seed=seed, block=128)
+    np.testing.assert_array_equal(x, wanted)
+
+
+@pytest.mark.on_silicon
+def test_call_of_small_types():
+    rng = np.random.default_rng(0)
+    a, b, more = rng.integers(-128, 128, 256, np.int8), rng.integers(-200, 200, 256, np.int16), rng.integers(0, 2, 256).astype(bool)
+    wanted = np.where(more, a > b, a < b)
+    launch("call_small_types", a, b, more, block=256)
+    np.testing.assert_array_equal(more, wanted)
+
+
+@pytest.mark.on_silicon
+def test_call_of_pow():
+    """A function of CUDA's own that nvcc calls."""
+    x = np.random.default_rng(0).random(64) * 10
+    wanted = x ** 1.7
+    launch("call_pow", x, block=64)
+    np.testing.assert_allclose(x, wanted, rtol=1e-14)
+
+
+FUNCTION = """.func (.param .b32 r) f(.param .align 8 .b8 a[16]) {
+    .reg .b64 %l1; .reg .b32 %r1; .reg .pred %p1; mov.b64 %l1, a; st.param.b32 [r+0], 7;
+    ld.param.b32 %r1, [%l1+8]; setp.gt.u32 %p1, %r1, 20; @%p1 ret; st.param.b32 [r+0], %r1; }"""
+PASS = """mov.u32 %r1, 1; mov.u64 %l1, 2; setp.lt.u32 %p1, %t, 9;
+    {{ .param .align 8 .b8 p[16]; .param .b32 q; st.param.b32 [p+{}], %t;
+    call.uni (q), f, (p); ld.param.b32 %r2, [q+0]; }}
+    add.u32 %r2, %r2, %r1; st.global.u32 [%x0], %r2;"""
+
+
+@pytest.mark.on_silicon
+def test_parameters_of_a_function():
+    """Read by address; its registers have the names of the kernel's; a predicated return; without one at the end."""
+    out = np.zeros(32, np.uint32)
+    run(PASS.format(8), out, module_variables=FUNCTION)
+    np.testing.assert_array_equal(out, [t + 1 if t <= 20 else 8 for t in range(32)])
+
+
+def test_what_was_not_passed_is_undefined():
+    with pytest.raises(vgpu.Failure, match="uninitialised"):
+        run(PASS.format(4), np.zeros(32, np.uint32), module_variables=FUNCTION)
+
+
+def test_predicated_calls_are_not_covered():
+    with pytest.raises(vgpu.Failure, match="uncovered in k at k.cu:3"):
+        run(PASS.format(8).replace("call", "@%p1 call"), np.zeros(32, np.uint32), module_variables=FUNCTION)
+
+
+def test_reports_name_the_call():
+    lines = [line_of(text) for text in ("void write(", "if (THREAD == 5) write(out, 64);")]
+    with pytest.raises(vgpu.Failure) as failure:
+        launch("call_out_of_range", np.zeros(64, np.int32), block=64)
+    assert [(r["kind"], r["where"]) for r in failure.value.reports] == [("out-of-range", " < ".join(lines))]
+
+
+@pytest.mark.parametrize("kernel, called", [("call_recursive", "fibonacci"), ("call_pointer", "%rd"), ("call_printf", "vprintf")])
+def test_other_calls_are_not_covered(kernel, called):
+    with pytest.raises(vgpu.Failure) as failure:
+        launch(kernel, np.array([9, 1, 1], np.int32), block=1)
+    assert [r["kind"] for r in failure.value.reports] == ["uncovered"]
+    assert kernel == "call_pointer" or called in failure.value.reports[0]["statement"]
+
+
+def test_code_beside_a_call_that_is_not_covered_runs():
+    x = np.array([0, 1], np.int32)
+    launch("call_printf", x, block=1)
+    assert list(x) == [0, 5]
+
+
+@pytest.mark.parametrize("arch", ("80", "90a"))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_failed_assertion(arch, seed):
+    x = np.ones(192, np.int32)
+    launch("call_assert", x, arch=arch, seed=seed, grid=2, block=96)
+    x[77] = 0
+    with pytest.raises(vgpu.Failure) as failure:
+        launch("call_assert", x, arch=arch, seed=seed, grid=2, block=96)
+    (report,), where = failure.value.reports, line_of('assert(x[THREAD] > 0 && "all are positive")')
+    assert (report["kind"], report["where"], report["thread"]) == ("trap", where, "block (0,0,0) thread 77")
+    assert report["text"] == f'assertion x[THREAD] > 0 && "all are positive" failed: {where}, void call_assert(int *)'

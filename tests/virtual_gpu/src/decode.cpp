@@ -390,11 +390,36 @@ Flow trap(Warp &warp, Fragment &f, const Inst &in) {
   return Flow::kJumped;
 }
 
-bool decode_control(Decoder &, const Statement &s, Inst &in) {
+// What a failed assert() calls. r: where its parameters are in local memory: the addresses of message and file, the line, the
+// address of the function's name.
+Flow assertion_failed(Warp &warp, Fragment &f, const Inst &in) {
+  const int lane = __builtin_ctz(f.mask);
+  const auto parameter = [&](int i, unsigned bytes) {
+    uint64_t value = 0;
+    memcpy(&value, &warp.local[(size_t)lane * warp.launch().program->local_bytes + warp.at<uint64_t>(in.r[i])[lane]], bytes);
+    return value;
+  };
+  const auto text = [&](int i) {
+    const uint64_t address = parameter(i, 8);
+    const Allocation *a = warp.launch().global->find(address);
+    return a ? std::string((const char *)address, strnlen((const char *)address, a->address + a->bytes - address)) : "?";
+  };
+  const std::string file = text(1), name = file.substr(file.rfind('/') + 1);
+  warp.launch().report("trap", &warp, lane, &in, "assertion " + text(0) + " failed: " + name + ":" + std::to_string(parameter(2, 4)) + ", " + text(3));
+  warp.launch().stop = true;
+  return Flow::kJumped;
+}
+
+bool decode_control(Decoder &d, const Statement &s, Inst &in) {
   in.klass = Class::kControl;
   const std::string &op = s.parts[0];
   if (op == "bra") {
     in.target = (uint32_t)s.target;
+    return true;
+  }
+  if (op == "call" && s.operands[0].symbol == "__assertfail") {
+    d.source(s.operands.at(1), Type::kU64);
+    in.control = assertion_failed;
     return true;
   }
   in.control = op == "ret" || op == "exit" ? exit_thread : op == "trap" ? trap : nullptr;

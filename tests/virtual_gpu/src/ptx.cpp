@@ -1,6 +1,7 @@
 // The PTX parser (PTX ISA 9.0, sections 4 "Syntax" and 5 "State Spaces, Types, and Variables").
 #include "ptx.h"
 
+#include <algorithm>
 #include <cctype>
 #include <cstdlib>
 #include <cstring>
@@ -78,6 +79,7 @@ class Parser {
   explicit Parser(const std::string &text) : text_(text), tokens_(tokenize(text)), module_(new Module) {}
 
   std::unique_ptr<Module> run() {
+    find_functions();
     while (!at("")) {
       const std::string word = peek();
       if (word == ".version" || word == ".address_size") {
@@ -116,7 +118,13 @@ class Parser {
  private:
   struct Scope {
     std::unordered_map<std::string, int> registers, labels;
+    std::unordered_map<std::string, std::string> variables;  // .local and .param: what the kernel calls them
     std::vector<std::pair<std::string, int>> families;  // %r<10>: prefix and its first register
+  };
+  struct Function {
+    std::vector<Variable> params;  // the one of the result first
+    size_t body = 0;               // its brace
+    bool open = false;             // being inlined
   };
 
   const std::string &peek() const { return tokens_[at_].text; }
@@ -180,43 +188,67 @@ class Parser {
     into.push_back(v);
   }
 
-  // Device functions that are not inlined are not covered: the calls stop, the rest of the module runs.
+  // Device functions are inlined where they are called. Other calls are not covered: recursive, indirect, of external functions.
+  void find_functions() {
+    while (!at("")) {
+      if (next() != ".func") continue;
+      Function f;
+      f.params = parameters();
+      const std::string name = next();
+      for (const Variable &p : parameters()) f.params.push_back(p);
+      while (!at("{") && !at(";")) next();
+      f.body = at_;
+      if (at("{")) functions_[name] = f;
+    }
+    at_ = 0;
+  }
+
   void device_function() {
     while (!at("{") && !at(";")) next();
     if (!accept(";")) skip_braces();
+  }
+
+  Variable parameter() {
+    Variable p;
+    p.space = Space::kParam;
+    uint64_t element = 1;
+    expect(".param");
+    while (peek()[0] == '.') {
+      const std::string word = next();
+      if (word == ".align")
+        p.align = (uint32_t)number(next());
+      else if (word != ".ptr" && word != ".global")
+        element = (uint64_t)type_bytes(word);
+    }
+    p.name = next();
+    p.bytes = element;
+    if (accept("[")) {
+      p.bytes = element * (uint64_t)number(next());
+      expect("]");
+    }
+    if (p.align < element) p.align = (uint32_t)element;
+    return p;
+  }
+
+  std::vector<Variable> parameters() {
+    std::vector<Variable> list;
+    if (!accept("(") || accept(")")) return list;
+    do list.push_back(parameter());
+    while (accept(","));
+    expect(")");
+    return list;
   }
 
   void entry() {
     module_->kernels.emplace_back(new Kernel);
     kernel_ = module_->kernels.back().get();
     kernel_->name = next();
-    if (accept("(") && !accept(")")) {
-      uint64_t offset = 0;
-      do {
-        Variable p;
-        p.space = Space::kParam;
-        uint64_t element = 1;
-        expect(".param");
-        while (peek()[0] == '.') {
-          const std::string word = next();
-          if (word == ".align")
-            p.align = (uint32_t)number(next());
-          else if (word != ".ptr" && word != ".global")
-            element = (uint64_t)type_bytes(word);
-        }
-        p.name = next();
-        p.bytes = element;
-        if (accept("[")) {
-          p.bytes = element * (uint64_t)number(next());
-          expect("]");
-        }
-        if (p.align < element) p.align = (uint32_t)element;
-        offset = (offset + p.align - 1) / p.align * p.align;
-        p.address = offset;
-        offset += p.bytes;
-        kernel_->params.push_back(p);
-      } while (accept(","));
-      expect(")");
+    kernel_->params = parameters();
+    uint64_t offset = 0;
+    for (Variable &p : kernel_->params) {
+      offset = (offset + p.align - 1) / p.align * p.align;
+      p.address = offset;
+      offset += p.bytes;
     }
     while (!at("{")) {
       const std::string word = next();
@@ -263,8 +295,8 @@ class Parser {
         body();
       } else if (at(".reg") || peek().rfind(".reg.", 0) == 0) {
         registers();
-      } else if (at(".shared") || at(".local")) {
-        variable(kernel_->variables);
+      } else if (at(".shared") || at(".local") || at(".param")) {
+        body_variable();
       } else if (at(".loc")) {
         location();
       } else if (at(".pragma")) {
@@ -279,6 +311,67 @@ class Parser {
       }
     }
     open_.pop_back();
+  }
+
+  // Shared variables of a device function are there once; local ones, and what is passed, once a call: local memory too.
+  void body_variable() {
+    std::vector<Variable> declared;
+    if (at(".param")) {
+      declared.push_back(parameter());
+      declared[0].space = Space::kLocal;
+      expect(";");
+    } else {
+      variable(declared);
+    }
+    Variable &v = declared[0];
+    if (v.space == Space::kLocal) {
+      const std::string unique = v.name + "#" + std::to_string(kernel_->variables.size());
+      scopes_[(size_t)open_.back()].variables[v.name] = unique;
+      v.name = unique;
+    } else if (is_variable(v.name)) {
+      return;
+    }
+    kernel_->variables.push_back(v);
+  }
+
+  bool is_variable(const std::string &name) const {
+    for (const Variable &v : kernel_->variables)
+      if (v.name == name) return true;
+    return false;
+  }
+
+  // The statements of a device function in place of its call: registers, labels and local variables are new ones, its parameters
+  // are the variables that were passed, ret jumps behind them.
+  bool inline_call(const Statement &call) {
+    std::string name;
+    std::vector<std::string> passed;
+    for (const Operand &o : call.operands) {
+      if (o.kind == Operand::kSymbol) name = o.symbol;
+      for (const Operand &e : o.elements) passed.push_back(e.symbol);
+    }
+    const auto found = functions_.find(name);
+    if (found == functions_.end() || found->second.open || passed.size() != found->second.params.size()) return false;
+    Function &f = found->second;
+    std::vector<int> open{(int)scopes_.size()}, returns;
+    scopes_.emplace_back();
+    for (size_t i = 0; i < passed.size(); ++i) scopes_.back().variables[f.params[i].name] = passed[i];
+    const size_t behind = at_;
+    const int location = location_, caller = caller_;
+    std::vector<int> *const outer = returns_;
+    open.swap(open_);
+    returns_ = &returns;
+    caller_ = location_;
+    at_ = f.body;
+    f.open = true;
+    body();
+    f.open = false;
+    for (const int r : returns) kernel_->statements[(size_t)r].target = (int)kernel_->statements.size();
+    open.swap(open_);
+    returns_ = outer;
+    caller_ = caller;
+    location_ = location;
+    at_ = behind;
+    return true;
   }
 
   void registers() {
@@ -313,6 +406,7 @@ class Parser {
     std::string key;
     Location l;
     l.lines.push_back(line);
+    l.caller = caller_;
     if (accept(",")) {
       next(), next();  // function_name $L__info_string0 (+ offset)
       if (accept("+")) next();
@@ -370,7 +464,16 @@ class Parser {
       accept(",");
     }
     s.text = text_.substr(tokens_[first].begin, tokens_[at_ - 1].begin - tokens_[first].begin);
-    if (s.parts[0] == "bra") jumps_.push_back({(int)kernel_->statements.size(), {s.operands.at(0).symbol, open_}});
+    if (s.parts[0] == "call" && s.guard < 0 && inline_call(s)) return;
+    if (returns_ && s.parts[0] == "ret") {
+      s.parts = {"bra"};
+      returns_->push_back((int)kernel_->statements.size());
+    } else if (s.parts[0] == "bra") {
+      jumps_.push_back({(int)kernel_->statements.size(), {s.operands.at(0).symbol, open_}});
+    }
+    for (const Operand &o : s.operands)  // what is passed is local memory; a kernel's own parameters are not
+      if ((s.parts[0] == "ld" || s.parts[0] == "st") && o.kind == Operand::kAddress && (returns_ || is_variable(o.symbol)))
+        std::replace(s.parts.begin(), s.parts.end(), std::string("param"), std::string("local"));
     kernel_->statements.push_back(std::move(s));
   }
 
@@ -416,11 +519,20 @@ class Parser {
     } else {
       o.reg = find_register(peek());
       o.kind = o.reg >= 0 ? Operand::kRegister : at("WARP_SZ") ? Operand::kImmediate : Operand::kSymbol;
-      o.symbol = o.kind == Operand::kSymbol ? peek() : "";
+      o.symbol = o.kind == Operand::kSymbol ? variable_of(peek()) : "";
       o.immediate = o.kind == Operand::kImmediate ? 32 : 0;  // (PTX ISA 4.5.3)
       next();
     }
     return o;
+  }
+
+  std::string variable_of(const std::string &name) const {
+    for (size_t i = open_.size(); i--;) {
+      const auto &variables = scopes_[(size_t)open_[i]].variables;
+      const auto found = variables.find(name);
+      if (found != variables.end()) return found->second;
+    }
+    return name;
   }
 
   // Declared registers, innermost scope first; then special registers, declared by their first use.
@@ -440,7 +552,9 @@ class Parser {
   std::unique_ptr<Module> module_;
   Kernel *kernel_ = nullptr;
   size_t at_ = 0;
-  int location_ = -1;
+  int location_ = -1, caller_ = -1;
+  std::unordered_map<std::string, Function> functions_;
+  std::vector<int> *returns_ = nullptr;  // statements of the function being inlined that return from it; null in the kernel itself
   std::vector<Scope> scopes_;
   std::vector<int> open_;  // indices of the scopes we are in, outermost first
   std::unordered_map<std::string, int> specials_;
@@ -452,12 +566,13 @@ class Parser {
 std::string Module::where(int location) const {
   if (location < 0) return "?";
   std::string out;
-  for (const Location::Line &line : locations[(size_t)location].lines) {
-    const auto file = files.find(line.file);
-    std::string name = file == files.end() ? "?" : file->second;
-    name = name.substr(name.rfind('/') == std::string::npos ? 0 : name.rfind('/') + 1);
-    out += (out.empty() ? "" : " < ") + name + ":" + std::to_string(line.line);
-  }
+  for (; location >= 0; location = locations[(size_t)location].caller)
+    for (const Location::Line &line : locations[(size_t)location].lines) {
+      const auto file = files.find(line.file);
+      std::string name = file == files.end() ? "?" : file->second;
+      name = name.substr(name.rfind('/') == std::string::npos ? 0 : name.rfind('/') + 1);
+      out += (out.empty() ? "" : " < ") + name + ":" + std::to_string(line.line);
+    }
   return out;
 }
 

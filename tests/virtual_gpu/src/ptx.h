@@ -30,12 +30,14 @@ struct Operand {
   std::vector<Operand> elements;  // kVector; kAddress: tensor coordinates
 };
 
-// Where a statement comes from: innermost first, then the call sites it was inlined at.
+// Where a statement comes from: innermost first, then the call sites it was inlined at. caller: the location of the call, in a
+// device function that nvcc did not inline.
 struct Location {
   struct Line {
     int file = 0, line = 0, column = 0;
   };
   std::vector<Line> lines;
+  int caller = -1;
 };
 
 struct Statement {
@@ -68,7 +70,7 @@ struct Kernel {
   std::string name;
   std::vector<Variable> params;
   std::vector<Register> registers;
-  std::vector<Variable> variables;  // .shared and .local of the body
+  std::vector<Variable> variables;  // .shared, .local and .param of the body
   std::vector<Statement> statements;
   int max_threads = 0;              // .maxntid, or 0
   int required_threads = 0;         // .reqntid, or 0
