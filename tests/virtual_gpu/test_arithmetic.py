@@ -491,7 +491,7 @@ MATTERS = (
     "add.s32 %r1, %r3, 1;", "fma.rn.f32 %r1, %r5, %r3, %r5;", "mad.lo.s32 %r1, %r6, %r6, %r3;", "ex2.approx.f32 %r1, %r3;",
     "cvt.rn.bf16x2.f32 %r1, %r5, %r3;", "cvt.u64.u32 %l3, %r3; cvt.u32.u64 %r1, %l3;", "fma.rn.bf16x2 %r1, %r5, %r5, %r3;",
     "set.lt.f32.f32 %r1, %r5, %r3;",
-    "mov.b64 %l3, {%r6, %r3}; mov.b64 {%r1, _}, %l3;", "cvt.u16.u32 %h1, %r3; mov.b32 %r1, {%h1, %h1};", "mov.b32 %r1, %r3;",
+    "mov.b64 %l3, {%r6, %r3}; mov.b64 {_, %r1}, %l3;", "cvt.u16.u32 %h1, %r3; mov.b32 %r1, {%h1, %h1};", "mov.b32 %r1, %r3;",
     "selp.u32 %r1, 1, 0, %p2;", "selp.b32 %r1, %r6, %r3, %p4;", "and.pred %p2, %p2, %p5; selp.u32 %r1, 1, 0, %p2;",
     "setp.lt.or.s32 %p2|%p3, %r3, 5, %p4; selp.u32 %r1, 1, 0, %p3;", "prmt.b32 %r1, %r6, %r3, 0x5410;",
     "mov.pred %p3, %p2; not.pred %p3, %p3; selp.u32 %r1, 1, 0, %p3;", "cvt.rzi.s32.f32 %r1, %r3;", "div.u32 %r1, %r6, %r4;",
@@ -499,7 +499,8 @@ MATTERS = (
 DOES_NOT = (
     "selp.b32 %r1, %r6, %r3, %p5;", "and.pred %p2, %p2, %p4; selp.u32 %r1, 2, 1, %p2;", "mov.u32 %r1, %r3; mov.u32 %r1, 1;",
     "setp.lt.or.s32 %p2, %r3, 5, %p5; selp.u32 %r1, 1, 2, %p2;", "setp.lt.and.s32 %p2, %r3, 5, %p4; selp.u32 %r1, 2, 1, %p2;",
-    "div.u32 %r1, %r6, %r4; add.u32 %r1, %r6, 0;", "setp.ne.u32 %p2, %r0, 99; mov.u32 %r1, %r3; @%p2 mov.u32 %r1, 1;")
+    "div.u32 %r1, %r6, %r4; add.u32 %r1, %r6, 0;", "mov.b64 %l3, {%r6, %r3}; mov.b64 {%r1, _}, %l3;",
+    "setp.ne.u32 %p2, %r0, 99; mov.u32 %r1, %r3; @%p2 mov.u32 %r1, 1;")
 
 
 @pytest.mark.parametrize("statements", MATTERS + DOES_NOT)

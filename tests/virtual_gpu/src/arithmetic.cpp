@@ -132,12 +132,52 @@ struct Prmt {
   }
 };
 
+// Operations that move bits or combine them one by one, and how many of their operands, the first ones, hold those bits; the others
+// say how. Of these it is known which parts of the result are undefined: those that change if undefined bits do.
+template <class Op> constexpr int kBitOperands = 0;
+template <> constexpr int kBitOperands<ShiftLeft> = 1;
+template <> constexpr int kBitOperands<ShiftRight> = 1;
+template <> constexpr int kBitOperands<And> = 2;
+template <> constexpr int kBitOperands<Or> = 2;
+template <> constexpr int kBitOperands<Xor> = 2;
+template <> constexpr int kBitOperands<Not> = 1;
+template <> constexpr int kBitOperands<Lop3> = 3;
+template <bool kLeft, bool kClamp> constexpr int kBitOperands<Shf<kLeft, kClamp>> = 2;
+template <> constexpr int kBitOperands<Prmt> = 2;
+template <> constexpr int kBitOperands<Bfe> = 1;
+template <> constexpr int kBitOperands<Bfi> = 2;
+
+template <class Op, class D, class... S, size_t... I>
+Parts changed_parts(Warp &w, const Inst &in, Mask m, std::index_sequence<I...>) {
+  constexpr size_t kOperands = kBitOperands<Op>;
+  const auto from = std::make_tuple(w.at<Lane32or64<S>>(in.r[1 + I])...);
+  Parts poison{};
+  for (; m; m &= m - 1) {
+    const int l = __builtin_ctz(m);
+    const auto undefined = [&](size_t i) {  // bits of an operand
+      uint64_t bits = 0;
+      for (int part = 0; part < 4; ++part) bits |= (w.part_poison(in.r[1 + i], part) >> l & 1 ? 0xffffull : 0) << 16 * part;
+      return bits;
+    };
+    const bool says = ((I >= kOperands && w.unit_poison[in.r[1 + I]] >> l & 1) | ...);  // what says how is undefined
+    Lane32or64<D> change = says ? (Lane32or64<D>)~0ull : 0;
+    const Lane32or64<D> as_is = to_lane<D>(Op::of(from_lane<S>(std::get<I>(from)[l])...));
+    for (int flipped = 1; flipped < 1 << kOperands; ++flipped)
+      change |= as_is ^ to_lane<D>(Op::of(from_lane<S>((Lane32or64<S>)(std::get<I>(from)[l] ^ (flipped >> I & 1 ? undefined(I) : 0)))...));
+    for (size_t i = 0; i < sizeof(change) / 2; ++i) poison[i] |= (Mask)((change >> 16 * i & 0xffff) != 0) << l;
+  }
+  return poison;
+}
+
 template <class Op, class D, class... S, size_t... I>
 void integer_lanes(Warp &w, const Inst &in, Mask m, std::index_sequence<I...>) {
   const auto from = std::make_tuple(w.at<Lane32or64<S>>(in.r[1 + I])...);
   Lane32or64<D> to[32];
   for (int l = 0; l < 32; ++l) to[l] = to_lane<D>(Op::of(from_lane<S>(std::get<I>(from)[l])...));
-  store_lanes(w, in.r[0], to, m, (w.unit_poison[in.r[1 + I]] | ...));
+  const Mask poison = (w.unit_poison[in.r[1 + I]] | ...);
+  if constexpr (kBitOperands<Op> > 0)
+    if (poison & m) return store_lanes(w, in.r[0], to, m, changed_parts<Op, D, S...>(w, in, poison & m, std::index_sequence<I...>()));
+  store_lanes(w, in.r[0], to, m, poison);
 }
 template <class Op, class D, class... S>
 void integer(Warp &w, const Inst &in, Mask m) { integer_lanes<Op, D, S...>(w, in, m, std::index_sequence_for<S...>()); }
@@ -147,10 +187,13 @@ void divide(Warp &w, const Inst &in, Mask m) {
   Mask by_zero = 0;
   for (int l = 0; l < 32; ++l) by_zero |= (Mask)(from_lane<T>(w.at<Lane32or64<T>>(in.r[2])[l]) == 0) << l;
   integer<Op, T, T, T>(w, in, m);
-  if (in.r[0] != kNoSlot) w.unit_poison[in.r[0]] |= by_zero & m;
+  if (in.r[0] != kNoSlot) w.set_poison(in.r[0], by_zero & m, kAllLanes);
 }
 
 // --------------------------------------------------------------------------------------------- floating-point operations
+
+template <class T>
+constexpr bool is_packed() { return std::is_same_v<T, F16x2> || std::is_same_v<T, BF16x2>; }
 
 // 9.7.3 and 9.7.4. Operands come as float or double; -0 < +0, and NaN only if both are NaN (or with .NaN, one).
 struct RealAdd { template <class X> static X of(X a, X b) { return a + b; } };
@@ -224,7 +267,10 @@ void real_lanes(Warp &w, const Inst &in, Mask m, std::index_sequence<I...>) {
       const Lane32or64<Part> r = to_lane(result<Part>(Op::of(part(std::get<I>(from))...), modifiers, kMode));
       to[l] = half ? to[l] | r << 16 : r;
     }
-  store_lanes(w, in.r[0], to, m, (w.unit_poison[in.r[1 + I]] | ...));
+  if constexpr (is_packed<T>())
+    store_lanes(w, in.r[0], to, m, {(w.part_poison(in.r[1 + I], 0) | ...), (w.part_poison(in.r[1 + I], 1) | ...)});
+  else
+    store_lanes(w, in.r[0], to, m, (w.unit_poison[in.r[1 + I]] | ...));
 }
 template <class Op, class T, int kCount, bool kModified, int kMode = kNearest>
 void real(Warp &w, const Inst &in, Mask m) { real_lanes<Op, T, kModified, kMode>(w, in, m, std::make_index_sequence<kCount>()); }
@@ -279,11 +325,8 @@ Predicate compare(Warp &w, const Inst &in, int half) {
     }
     value |= (Mask)((outcomes & outcome) != 0) << l;
   }
-  return {value, w.unit_poison[in.r[2]] | w.unit_poison[in.r[3]]};
+  return {value, is_packed<T>() ? w.part_poison(in.r[2], half) | w.part_poison(in.r[3], half) : w.unit_poison[in.r[2]] | w.unit_poison[in.r[3]]};
 }
-
-template <class T>
-constexpr bool is_packed() { return std::is_same_v<T, F16x2> || std::is_same_v<T, BF16x2>; }
 
 template <class T>
 void setp(Warp &w, const Inst &in, Mask m) {
@@ -313,7 +356,9 @@ void selp(Warp &w, const Inst &in, Mask m) {
   const Predicate p = read_predicate(w, in, 3);
   T to[32];
   for (int l = 0; l < 32; ++l) to[l] = p.value >> l & 1 ? a[l] : b[l];
-  store_lanes(w, in.r[0], to, m, p.poison | (p.value & w.unit_poison[in.r[1]]) | (~p.value & w.unit_poison[in.r[2]]));
+  Parts poison;
+  for (int i = 0; i < 4; ++i) poison[(size_t)i] = p.poison | (p.value & w.part_poison(in.r[1], i)) | (~p.value & w.part_poison(in.r[2], i));
+  store_lanes(w, in.r[0], to, m, poison);
 }
 
 // 9.7.8 and, or, xor, not of .pred

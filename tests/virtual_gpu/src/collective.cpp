@@ -42,7 +42,7 @@ Mask poison_of(Warp &w, const Inst *const *insts, Mask lanes, int operand) {
 void put(Warp &w, Slot d, int lane, uint32_t v, bool poison) {
   if (d == kNoSlot) return;
   w.at<uint32_t>(d)[lane] = v;
-  w.unit_poison[d] = (w.unit_poison[d] & ~(1u << lane)) | (Mask)poison << lane;
+  w.set_poison(d, 1u << lane, (Mask)poison << lane);
 }
 
 void put_predicate(Warp &w, Slot d, int lane, bool v, bool poison = false) {

@@ -15,6 +15,7 @@ using Whole = Types<uint8_t, int8_t, uint16_t, int16_t, uint32_t, int32_t, uint6
 using Real = Types<F16, BF16, float, double>;
 
 bool is_integer(Type t) { return t >= Type::kU8 && t <= Type::kS64; }
+bool is_signed(Type t) { return t >= Type::kS8 && t <= Type::kS64; }
 bool is_real(Type t) { return t == Type::kF16 || t == Type::kBF16 || t == Type::kF32 || t == Type::kF64; }
 
 // Chops a register that is wider than its type. (9.4.1 "Operand Size Exceeding Instruction-Type Size")
@@ -27,10 +28,10 @@ void load_integers(Warp &w, const Inst &in, int64_t *x) {
 }
 
 // And extends to one by the sign of the type.
-void store_integers(Warp &w, const Inst &in, const int64_t *x, Mask m) {
+template <class Poison>
+void store_integers(Warp &w, const Inst &in, const int64_t *x, Mask m, const Poison &poison) {
   uint64_t wide[32];
   uint32_t word[32];
-  const Mask poison = w.unit_poison[in.r[1]];
   Whole::with(in.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for (int l = 0; l < 32; ++l) wide[l] = (uint64_t)(T)x[l];
@@ -52,7 +53,13 @@ void cvt_integers(Warp &w, const Inst &in, Mask m) {
         x[l] = in.type2 == Type::kU64 ? (int64_t)std::min<uint64_t>((uint64_t)x[l], (uint64_t)Limits::max())
                                       : std::clamp<int64_t>(x[l], (int64_t)Limits::min(), kMost);
     });
-  store_integers(w, in, x, m);
+  if (in.a & kSat) return store_integers(w, in, x, m, w.unit_poison[in.r[1]]);
+  // What is cut off may be undefined; what extends is, if the sign may be.
+  const size_t kept = (size_t)std::max(std::min(type_bytes(in.type), type_bytes(in.type2)) / 2, 1);
+  const bool sign = is_signed(in.type) || is_signed(in.type2);
+  Parts poison = w.parts_poison(in.r[1]);
+  for (size_t i = kept; i < 4; ++i) poison[i] = sign ? poison[kept - 1] : 0;
+  store_integers(w, in, x, m, poison);
 }
 
 // Integers of 64 bits that no double has are rounded to odd, unless a double is what is wanted.
@@ -95,7 +102,7 @@ void cvt_to_integer(Warp &w, const Inst &in, Mask m) {
       to[l] = (int64_t)(r >= kBeyond ? Limits::max() : r <= kLeast ? Limits::min() : r == r ? (T)r : nan);
     }
   });
-  store_integers(w, in, to, m);
+  store_integers(w, in, to, m, w.unit_poison[in.r[1]]);
 }
 
 void cvt_to_real(Warp &w, const Inst &in, Mask m) {
@@ -123,7 +130,7 @@ template <class T, int kCount, bool kPlain>
 void cvt_single(Warp &w, const Inst &in, Mask m) {
   const int modifiers = kPlain ? 0 : in.a, mode = kPlain ? kNearest : in.b;
   uint32_t to[32];
-  Mask poison = 0;
+  Parts poison{};
   for (int i = 0; i < kCount; ++i) {
     const uint32_t *from = w.at<uint32_t>(in.r[1 + i]);
     for (int l = 0; l < 32; ++l) {
@@ -131,7 +138,7 @@ void cvt_single(Warp &w, const Inst &in, Mask m) {
       const uint32_t r = result<T>(x, modifiers & ~kFtz, mode).bits;
       to[l] = i ? to[l] << 16 | r : r;
     }
-    poison |= w.unit_poison[in.r[1 + i]];
+    poison[(size_t)(kCount - 1 - i)] = w.unit_poison[in.r[1 + i]];
   }
   store_lanes(w, in.r[0], to, m, poison);
 }
@@ -204,7 +211,7 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
 // ------------------------------------------------------------------------------------------------------------------ mov
 
 template <class T>
-void move(Warp &w, const Inst &in, Mask m) { store_lanes(w, in.r[0], w.at<T>(in.r[1]), m, w.unit_poison[in.r[1]]); }
+void move(Warp &w, const Inst &in, Mask m) { store_lanes(w, in.r[0], w.at<T>(in.r[1]), m, w.parts_poison(in.r[1])); }
 
 void move_predicate(Warp &w, const Inst &in, Mask m) { write_predicate(w, in.r[0], read_predicate(w, in, 1), m); }
 
@@ -212,11 +219,11 @@ void move_predicate(Warp &w, const Inst &in, Mask m) { write_predicate(w, in.r[0
 template <class T>
 void pack(Warp &w, const Inst &in, Mask m) {
   T to[32] = {};
-  Mask poison = 0;
+  Parts poison{};
   for (int i = 0; i < in.b; ++i) {
     const uint32_t *from = w.at<uint32_t>(in.r[1 + i]), kept = ~0u >> (32 - in.a);
     for (int l = 0; l < 32; ++l) to[l] |= (T)(from[l] & kept) << i * in.a;
-    poison |= w.unit_poison[in.r[1 + i]];
+    for (int part = 0; part < in.a / 16; ++part) poison[(size_t)(i * in.a / 16 + part)] = w.part_poison(in.r[1 + i], part);
   }
   store_lanes(w, in.r[0], to, m, poison);
 }
@@ -225,11 +232,12 @@ template <class T>
 void unpack(Warp &w, const Inst &in, Mask m) {
   T from[32];
   memcpy(from, w.at<T>(in.r[in.b]), sizeof(from));
-  const Mask poison = w.unit_poison[in.r[in.b]];
+  const Parts poison = w.parts_poison(in.r[in.b]);
   for (int i = 0; i < in.b; ++i) {
     uint32_t to[32];
     for (int l = 0; l < 32; ++l) to[l] = (uint32_t)(from[l] >> i * in.a) & ~0u >> (32 - in.a);
-    store_lanes(w, in.r[i], to, m, poison);
+    const size_t first = (size_t)(i * in.a / 16), last = first + (size_t)in.a / 16 - 1;
+    store_lanes(w, in.r[i], to, m, {poison[first], poison[last]});
   }
 }
 

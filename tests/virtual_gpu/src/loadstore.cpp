@@ -86,7 +86,13 @@ void load(Warp &w, const Inst &in, Mask m) {
   uint64_t address[32];
   addresses_of(w, in, in.r[in.vector], m, address);
   uint8_t data[32][16];
-  Mask poison[4] = {};
+  Parts poison[4] = {};  // by element
+  const auto undefined = [&](unsigned byte, int lane) {
+    if (element < 4)
+      poison[byte / element].fill(poison[byte / element][0] | 1u << lane);
+    else
+      poison[byte / element][byte % element / 2] |= 1u << lane;
+  };
   const bool strong = in.a != kWeak;
   Mask global = 0, shared = 0;
   if (in.space == Space::kParam) {  // uniform, never written
@@ -101,14 +107,14 @@ void load(Warp &w, const Inst &in, Mask m) {
       const int l = __builtin_ctz(rest);
       const Span span = resolve(w, l, in, in.space, address[l], bytes, bytes, false);
       if (!span.data) {
-        for (unsigned e = 0; e < in.vector; ++e) poison[e] |= 1u << l;
+        for (unsigned i = 0; i < bytes; ++i) undefined(i, l);
         continue;
       }
       memcpy(data[l], span.data, bytes);
       if (span.space == Space::kLocal) {
         const size_t at = (size_t)(span.data - w.local.data());
         for (unsigned i = 0; i < bytes; ++i)
-          if (!w.local_valid[at + i]) poison[i / element] |= 1u << l;
+          if (!w.local_valid[at + i]) undefined(i, l);
         continue;
       }
       if (!span.cells) continue;
@@ -118,12 +124,9 @@ void load(Warp &w, const Inst &in, Mask m) {
       span.shadow->touch(span.cells, at, bytes, false, actor(w, l, in, strength(in)));
       const Replaced *const old = strong ? old_value(w, l, in, span, bytes, false) : nullptr;
       if (old) memcpy(data[l], old->data, bytes);
-      for (unsigned e = 0; e < in.vector; ++e) {
-        const unsigned of_element = (1u << element) - 1, begin = e * element;
-        const bool defined = old ? (old->valid >> begin & of_element) == of_element
-                                 : span.shadow->valid(span.cells + ((at & 3) + begin) / 4, at + begin, element);
-        if (!defined) poison[e] |= 1u << l;
-      }
+      if (old || !span.shadow->valid(span.cells, at, bytes))
+        for (unsigned i = 0; i < bytes; ++i)
+          if (!(old ? old->valid >> i & 1 : span.shadow->valid(span.cells + ((at & 3) + i) / 4, at + i, 1))) undefined(i, l);
       if (strong) {
         w.looked = true;
         observe(w, l, span, old, in.a, in.b & 1);
@@ -157,7 +160,7 @@ void load(Warp &w, const Inst &in, Mask m) {
       uint64_t wide[32];
       const bool sign = in.type == Type::kS8 || in.type == Type::kS16 || in.type == Type::kS32;
       for (int l = 0; l < 32; ++l) wide[l] = sign ? (uint64_t)(int64_t)(int32_t)v[l] : v[l];
-      store_lanes(w, in.r[e], wide, m, poison[e]);
+      store_lanes(w, in.r[e], wide, m, poison[e][0] | poison[e][1]);
     } else {
       store_lanes(w, in.r[e], v, m, poison[e]);
     }
@@ -176,15 +179,16 @@ void store(Warp &w, const Inst &in, Mask m) {
     const Span span = resolve(w, l, in, in.space, address[l], bytes, bytes, true);
     if (!span.data) continue;
     uint8_t data[16];
-    Mask undefined = 0;  // by element
+    Mask undefined = 0;  // by byte
     for (unsigned e = 0; e < in.vector; ++e) {
       const Slot v = in.r[1 + e];
       memcpy(data + e * element, in.c >> e & 1 ? (const void *)&w.at<uint64_t>(v)[l] : (const void *)&w.at<uint32_t>(v)[l], element);
-      undefined |= (w.unit_poison[v] >> l & 1) << e;
+      for (unsigned i = 0; w.unit_poison[v] >> l & 1 && i < element; ++i)
+        undefined |= (w.part_poison(v, (int)i / 2) >> l & 1) << (e * element + i);
     }
     if (span.space == Space::kLocal) {
       const size_t at = (size_t)(span.data - w.local.data());
-      for (unsigned i = 0; i < bytes; ++i) w.local_valid[at + i] = !(undefined >> (i / element) & 1);
+      for (unsigned i = 0; i < bytes; ++i) w.local_valid[at + i] = !(undefined >> i & 1);
     } else if (span.cells) {
       const bool in_shared = is_shared(span.space);
       (in_shared ? shared : global) |= 1u << l;
@@ -192,8 +196,8 @@ void store(Warp &w, const Inst &in, Mask m) {
       if (undefined && !in_shared) check_poison(w, in, 1u << l, "global memory");
       if (strong) replace(w, l, span, bytes);
       span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strength(in)));
-      for (unsigned e = 0; undefined && e < in.vector; ++e)
-        if (undefined >> e & 1) span.shadow->set_valid(span.cells + ((at & 3) + e * element) / 4, at + e * element, element, false);
+      for (unsigned i = 0; undefined >> i; ++i)
+        if (undefined >> i & 1) span.shadow->set_valid(span.cells + ((at & 3) + i) / 4, at + i, 1, false);
       if (strong) publish(w, l, span, in.a, in.b & 1, false);
     }
     memcpy(span.data, data, bytes);

@@ -265,6 +265,7 @@ void start_warp(Warp &warp, const Launch &launch) {
   const Mask mask = threads >= (uint32_t)(warp.index + 1) * 32 ? kAllLanes : (1u << (threads - (uint32_t)warp.index * 32)) - 1;
   warp.units.assign((size_t)program.units * 32, 0xbadbad00u);
   warp.unit_poison.assign((size_t)program.units, kAllLanes);
+  warp.part_defined.assign((size_t)program.units, Parts());
   warp.predicates.assign((size_t)program.predicates, 0);
   warp.predicate_poison.assign((size_t)program.predicates, kAllLanes);
   warp.local.assign((size_t)program.local_bytes * 32, 0xbd);

@@ -51,12 +51,15 @@ struct Lane : Knowledge {
 
 struct Cta;
 
+using Parts = std::array<Mask, 4>;  // by the 16-bit parts of a register, the lowest first
+
 struct Warp {
   Cta *cta = nullptr;
   int index = 0;              // in the block
   uint32_t epoch = 1;
   std::vector<uint32_t> units;          // register file
-  std::vector<Mask> unit_poison;        // by slot: lanes whose value is undefined
+  std::vector<Mask> unit_poison;        // by slot: lanes whose value is undefined, at least in part
+  std::vector<Parts> part_defined;      // and of those: whose parts are defined all the same
   std::vector<Mask> predicates, predicate_poison;
   std::vector<uint8_t> local;           // local_bytes a lane
   std::vector<bool> local_valid;
@@ -74,6 +77,13 @@ struct Warp {
   template <class T>
   T *at(Slot s) { return reinterpret_cast<T *>(&units[(size_t)s * 32]); }
   uint64_t address(Slot s, int lane, bool wide) { return wide ? at<uint64_t>(s)[lane] : at<uint32_t>(s)[lane]; }
+  Mask part_poison(Slot s, int part) const { return unit_poison[s] & ~part_defined[s][(size_t)part]; }
+  Parts parts_poison(Slot s) const { return {part_poison(s, 0), part_poison(s, 1), part_poison(s, 2), part_poison(s, 3)}; }
+  void set_poison(Slot d, Mask m, Mask poison) {  // whole registers of the lanes m
+    unit_poison[d] = (unit_poison[d] & ~m) | (poison & m);
+    if (poison & m)
+      for (Mask &part : part_defined[d]) part &= ~m;
+  }
   Launch &launch() const;
 };
 
@@ -181,7 +191,17 @@ inline void store_lanes(Warp &w, Slot d, const T *value, Mask m, Mask poison) {
   if (d == kNoSlot) return;
   T *to = w.at<T>(d);
   for (int l = 0; l < 32; ++l) to[l] = m >> l & 1 ? value[l] : to[l];
-  w.unit_poison[d] = (w.unit_poison[d] & ~m) | (poison & m);
+  w.set_poison(d, m, poison);
+}
+
+// The same with what is undefined by parts.
+template <class T>
+inline void store_lanes(Warp &w, Slot d, const T *value, Mask m, const Parts &poison) {
+  Mask any = 0;
+  for (size_t i = 0; i < sizeof(T) / 2; ++i) any |= poison[i];
+  store_lanes(w, d, value, m, any);
+  if (d == kNoSlot || !(any & m)) return;
+  for (size_t i = 0; i < sizeof(T) / 2; ++i) w.part_defined[d][i] |= m & ~poison[i];
 }
 
 }  // namespace vgpu

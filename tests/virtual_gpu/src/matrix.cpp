@@ -106,13 +106,13 @@ Flow matrix_access(Warp &w, Fragment &f, const Inst &in) {
     }
     for (int i = 0; i < in.a; ++i) {
       uint32_t value[32] = {};
-      Mask poison = 0;
+      Parts poison{};
       const Slot slot = in.c ? in.r[1 + i] : in.r[i];
       for (int row = 0; row < 8; ++row) {
         const int provider = i * 8 + row;
         const Span span = resolve(w, provider, in, Space::kShared, address[provider], 16, 16, in.c);
         if (!span.data) {
-          poison = kAllLanes;
+          poison = {kAllLanes, kAllLanes};
           continue;
         }
         for (int e = 0; e < 8; ++e) {
@@ -123,13 +123,13 @@ Flow matrix_access(Warp &w, Fragment &f, const Inst &in) {
             span.shadow->touch(cell, at, 2, true, actor(w, lane, in));
             const uint16_t x = (uint16_t)(w.at<uint32_t>(slot)[lane] >> (16 * part));
             memcpy(span.data + e * 2, &x, 2);
-            if (w.unit_poison[slot] >> lane & 1) span.shadow->set_valid(cell, at, 2, false);
+            if (w.part_poison(slot, part) >> lane & 1) span.shadow->set_valid(cell, at, 2, false);
           } else {
             if (in.b || !(e & 1)) span.shadow->touch(cell, at, in.b ? 2 : 4, false, actor(w, lane, in));
             uint16_t x;
             memcpy(&x, span.data + e * 2, 2);
             value[lane] |= (uint32_t)x << (16 * part);
-            if (!span.shadow->valid(cell, at, 2)) poison |= 1u << lane;
+            if (!span.shadow->valid(cell, at, 2)) poison[(size_t)part] |= 1u << lane;
           }
         }
       }

@@ -127,7 +127,7 @@ void multiply(Warp &w, const WgmmaOp &op, const std::vector<float> &b, const std
           }
           poison |= (Mask)undefined << lane;
         }
-        w.unit_poison[slot] = poison;
+        w.set_poison(slot, kAllLanes, poison);
       }
   w.launch().counters.matrix_flops += 2ull * 16 * (uint64_t)shape.n * kK;
 }
