@@ -49,7 +49,9 @@ LOAD_BACK = BULK_LOAD.replace("[x]", "[out]")
 
 def test_there_and_back_too_soon():
     BACK.edit("wait_group 0;", "wait_group.read 0;").caught(run_back, "in-flight", LOAD_BACK, "reads byte 0 of argument 1")
-    BY_STORES.edit("fence.proxy.async; // of global memory", "").caught(run_back, "proxy", LOAD_BACK, "ordinary store")
+    for fence in "", "fence.proxy.async.shared::cta;":
+        BY_STORES.edit("fence.proxy.async; // of global memory", fence).caught(run_back, "proxy", LOAD_BACK, "ordinary store")
+    run_back(BY_STORES.edit("fence.proxy.async; // of global memory", "fence.proxy.async.global;"))
 
 
 # Thread 32 overwrites the source of a load that thread 0 has waited for.
@@ -130,3 +132,38 @@ def test_groups_belong_to_threads():
         run_own_groups(OWN_GROUPS, seed, random_completion)
     first = OWN_GROUPS.edit("cp.async.bulk.wait_group.read 0;", "setp.eq.u32 p, %t, 0; @p cp.async.bulk.wait_group.read 0;")
     first.caught(run_own_groups, "in-flight", "[%smem+20], 9", "writes shared byte 20, which the copy")
+
+
+# What block 0 stored to global memory, block 1 copies into its shared memory: the proxy fence may be on either side of the flag.
+BETWEEN = Kernel("x flag", f"""
+.reg .b32 bar, v, i; .reg .b64 o; .reg .pred p, first, lead;
+add.u32 bar, %smem, 256; setp.eq.u32 first, %b, 0; setp.eq.u32 lead, %t, 0;
+@lead {INIT}
+@lead {INIT_FENCE}
+@!first bra READER;
+mul.lo.u32 i, %t, 4; cvt.u64.u32 o, i; add.u64 o, x, o;
+st.global.u32 [o], 7;
+fence.proxy.async.global; // of the writer
+bar.sync 0;
+@lead st.release.gpu.global.u32 [flag], 1;
+bra END;
+READER: @!lead bra END;
+SPIN: ld.acquire.gpu.global.u32 v, [flag]; setp.eq.u32 p, v, 0; @p bra SPIN;
+// of the reader
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%smem], [x], 256, [bar];
+{wait("bar", "0")}
+ld.shared.u32 v, [%smem+252]; setp.ne.u32 p, v, 7; @p trap;
+END:""", memory=256 + 16)
+
+
+def run_between(kernel, seed=0, random_completion=False):
+    kernel.run(aligned(64, np.uint32), np.zeros(1, np.uint32), seed=seed, random_completion=random_completion, grid=2, block=64)
+
+
+@MODES
+def test_proxy_fence_on_either_side(seed, random_completion):
+    run_between(BETWEEN, seed, random_completion)
+    run_between(BETWEEN.edit("fence.proxy.async.global; // of the writer", "").edit("// of the reader", "fence.proxy.async;"), seed, random_completion)
+    without = BETWEEN.edit("fence.proxy.async.global; // of the writer", "fence.proxy.async.shared::cta;")
+    without.caught(run_between, "proxy", "[%smem], [x], 256", "ordinary store")

@@ -111,5 +111,6 @@ def test_what_a_tensor_map_does_not_cover():
     tensor, out = make_tensor((40, 64), np.uint16), np.zeros(2048, np.uint8)
     for swizzle, box in (128, (16, 32)), (64, (16, 16)), (32, (16, 8)):  # rows of half the swizzle
         for kernel, at in (LOAD, TENSOR_LOAD), (STORE, TENSOR_STORE):
-            kernel.caught(lambda k, seed: k.run(vgpu.TensorMap(tensor, box, swizzle), out, np.int32(0), np.int32(0), seed=seed, block=64),  # noqa: B023
-                          "uncovered", at, f"rows of {swizzle // 2} bytes, narrower than its swizzle")
+            args = [vgpu.TensorMap(tensor, box, swizzle), out, np.int32(0), np.int32(0)]
+            kernel.caught(lambda k, seed: k.run(*args, seed=seed, block=64), "uncovered", at,  # noqa: B023
+                          f"rows of {swizzle // 2} bytes, narrower than its swizzle")

@@ -83,6 +83,7 @@ HALVES = {  # body, its end, the result if it is not the thread's number
     "unpack_two_of_four": ("mov.b64 %l2, {%h1, %h2, %h2, %h1}; mov.b64 {%r5, %r6}, %l2; mov.b32 {<<%h8, %h9|%h9, %h8>>}, %r6;", HALF),
     "prmt": ("prmt.b32 %r9, %r1, %r2, <<0x7630|0x7610>>;", WORD, BOTH),
     "prmt_sign": ("prmt.b32 %r9, %r1, 0, <<0xba10|0x9810>>;", WORD),
+    "set_pair": ("set.eq.u32.f16x2 %r5, %r1, %r1; mov.b32 {<<%h7, %h8|%h8, %h7>>}, %r5; and.b16 %h9, %h8, %h2;", HALF),
     "and_low": ("and.b32 %r9, <<%r2|%r1>>, 0xffff;", WORD),
     "and_high": ("and.b32 %r9, <<%r1|%r2>>, 0xffff0000;", WORD, T << 16),
     "shl": ("shl.b32 %r9, <<%r2|%r1>>, 16;", WORD, T << 16),

@@ -41,7 +41,8 @@ class Failure(AssertionError):
         self.reports, self.ptx_of = reports, ptx_of
 
     def __str__(self):
-        lines = [f"{r['kind']} in {r['kernel']} at {r['where']} ({r['thread']}, {r['times']}x): {r['text']}\n    {r['statement']}" for r in self.reports]
+        lines = [f"{r['kind']} in {r['kernel']} at {r['where']} ({r['thread']}, {r['times']}x): {r['text']}\n    {r['statement']}"
+                 for r in self.reports]
         for kernel in dict.fromkeys(r["kernel"] for r in self.reports):
             if "wgmma" in (ptx := self.ptx_of(kernel)):
                 try:
@@ -174,7 +175,8 @@ class TensorMap:
 
     def __init__(self, array, box, swizzle=0):
         if array.strides[-1] != array.itemsize:
-            raise ValueError(f"a tensor map's innermost dimension is contiguous: expected a stride of {array.itemsize} bytes, got {array.strides[-1]}")
+            raise ValueError(f"a tensor map's innermost dimension is contiguous: expected a stride of {array.itemsize} bytes, "
+                             f"got {array.strides[-1]}")
         self.array, self.box, self.swizzle = array, tuple(box), swizzle
 
 

@@ -342,11 +342,14 @@ void setp(Warp &w, const Inst &in, Mask m) {
 template <class T>
 void set(Warp &w, const Inst &in, Mask m) {
   uint32_t to[32] = {};
+  Parts poison{};
   for (int half = 0; half < 1 + is_packed<T>(); ++half) {
     const Predicate p = compare<T>(w, in, half);
     for (int l = 0; l < 32; ++l) to[l] |= p.value >> l & 1 ? (uint32_t)in.b << 16 * half : 0;
+    poison[(size_t)half] = p.poison;
   }
-  store_lanes(w, in.r[0], to, m, w.unit_poison[in.r[2]] | w.unit_poison[in.r[3]]);
+  if (!is_packed<T>()) poison[1] = poison[0];
+  store_lanes(w, in.r[0], to, m, poison);
 }
 
 // 9.7.6 selp: undefined where what was chosen is, or what chose

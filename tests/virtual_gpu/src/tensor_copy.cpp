@@ -33,8 +33,9 @@ int encode_tiled(void *out, int type, uint32_t rank, void *address, const uint64
   map.stride[0] = map.element_bytes;
   for (uint32_t i = 0; i < rank; ++i) {
     if (dim[i] < 1 || dim[i] > 1ull << 32 || box[i] < 1 || box[i] > 256) return kInvalid;
-    if (element_strides[i] < 1 || element_strides[i] > 8 || (i > 0 && element_strides[i] != 1)) return kInvalid;  // the first is ignored, steps are not covered
-    // In any order: the documentation's formula says how the strides of a dense tensor come about, and maps of permuted ones are in use.
+    // The first element stride is ignored, others than 1 are not covered.
+    if (element_strides[i] < 1 || element_strides[i] > 8 || (i > 0 && element_strides[i] != 1)) return kInvalid;
+    // Strides in any order: the documentation's formula says how those of a dense tensor come about, maps of permuted ones are in use.
     if (i + 1 < rank && (strides[i] % 16 || strides[i] >= 1ull << 40)) return kInvalid;
     map.dim[i] = dim[i];
     map.box[i] = (uint16_t)box[i];
