@@ -203,7 +203,7 @@ TENSOR_LOAD, TENSOR_STORE = "[m, {x0, x1}], [bar];", "[m, {x0, x1}], [%smem];"
 COMMIT, WAIT = "cp.async.bulk.commit_group;", "cp.async.bulk.wait_group 0;"
 LOAD_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at least
     ("read before the wait", (wait("bar", "0"), ""), "in-flight|race", "ld.shared.u32 v, [a]",
-     "which the copy at k.cu:10 has not finished|without a barrier", 4),
+     "which the copy at k.cu:10 has not finished|no barrier between", 4),
     ("no fence after init", (INIT_FENCE, ""), "proxy", TENSOR_LOAD, "initialised without fence.mbarrier_init"),
     ("fence before init", (f"{INIT}\n{INIT_FENCE}", f"{INIT_FENCE}\n{INIT}"), "proxy", TENSOR_LOAD,
      "initialised without fence.mbarrier_init"),
@@ -228,7 +228,7 @@ STORE_BUGS = [
      "ordinary store"),
     ("fence of global memory", (FENCE, "fence.proxy.async.global;"), "proxy", TENSOR_STORE, "ordinary store, without fence.proxy.async"),
     ("fence of an mbarrier", (FENCE, "fence.mbarrier_init.release.cluster;"), "proxy", TENSOR_STORE, "ordinary store"),
-    ("no barrier", ("bar.sync 0;", ""), "race", TENSOR_STORE, "wrote without a barrier"),
+    ("no barrier", ("bar.sync 0;", ""), "race", TENSOR_STORE, "wrote: no (barrier|__syncwarp) between"),
     ("the block ends", (WAIT, "", COMMIT, ""), "in-flight", TENSOR_STORE, "the block ends while this copy still reads"),
     ("reused before it is read", (WAIT, "st.shared.u32 [%smem+64], %t;"), "in-flight", "[%smem+64], %t",
      "writes shared byte 64, which the copy at k.cu:\\d+ has not finished"),
@@ -254,7 +254,7 @@ BULK_BUGS = [
     ("output read too early", (WAIT, "cp.async.bulk.wait_group.read 0;\nld.global.u32 v, [out+4];"), "in-flight",
      "ld.global.u32 v, [out+4]", "reads byte \\d+ of argument 1"),
     ("loaded twice", (BULK_LOAD, BULK_LOAD + " // first\n@lead " + BULK_LOAD + " // again"), "in-flight|race", "// again",
-     "which the copy at|without a barrier", 4),
+     "which the copy at|no barrier between", 4),
 ]
 
 

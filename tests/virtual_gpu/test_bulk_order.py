@@ -86,7 +86,7 @@ def test_source_overwritten():
     run_source(SOURCE)
     for old in "st.release", "ld.acquire":
         SOURCE.edit(old, old[:3] + "relaxed").caught(run_source, "race", "st.global.u32 [x+132]",
-                                                     "an asynchronous copy .*read without a barrier")
+                                                     "an asynchronous copy .*read: no barrier between")
 
 
 def test_neighbour_of_a_copy_in_flight():

@@ -97,16 +97,16 @@ def test_shared_memory(kernel, size):
 LATER = "mov.u32 w, 0;\nSPIN: add.u32 w, w, 1; setp.lt.u32 p, w, 2000; @p bra SPIN;"
 SHARED_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at least
     ("no first barrier", (f"{BARRIER} // first", "bar.sync 0;"), "race", READ, "may not have begun"),
-    ("no wait", (f"{WAIT} // first", "bar.sync 0; // first"), "race", READ, "may not have begun|wrote without a barrier"),
+    ("no wait", (f"{WAIT} // first", "bar.sync 0; // first"), "race", READ, "may not have begun|wrote: nothing orders them"),
     ("a relaxed first barrier", (f"{BARRIER} // first", "barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;"),
-     "race", READ, "wrote without a barrier"),
+     "race", READ, "wrote: nothing orders them"),
     ("no last barrier", (LAST, "bar.sync 0;"), "exited-block|race", "ld.shared.u32 w, [here+256]", "", 1),
     ("the block has ended", (f"{LAST}\nld.shared.u32 w, [here+256];", "mov.u32 w, 0;"), "exited-block", WRITE,
      "ends, and no barrier makes sure|which has exited"),
     ("the block ends much later", (f"{LAST}\nld.shared.u32 w, [here+256];", LATER), "exited-block", WRITE,
      "ends, and no barrier makes sure"),
     ("a relaxed last barrier", (LAST, "barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;"), "race",
-     "w, [here+256]", "wrote without a barrier"),
+     "w, [here+256]", "(read|wrote): nothing orders them"),
     ("no such block", ("mapa.shared::cluster.u32 there, here, next;\nld", "mapa.shared::cluster.u32 there, here, count;\nld"),
      "out-of-range", "here, count", "block 4 of a cluster of 4"),
     ("beyond its memory", (READ, "ld.shared::cluster.u32 v, [there+512];"), "out-of-range", "[there+512]", "of 512 bytes"),
@@ -180,10 +180,10 @@ SIGNALS_BUGS = [
     ("in the own window", (REMOTE_ARRIVE, "mbarrier.arrive.release.cluster.shared::cta.b64 _, [full];"), "out-of-range",
      "cluster.shared::cta.b64 _, [full]", "of another block by its address in shared::cta"),
     ("relaxed arrival", (REMOTE_ARRIVE, REMOTE_ARRIVE.replace("release", "relaxed")), "race", "ld.shared.u32 v, [to+16]",
-     "wrote without a barrier"),
+     "wrote: nothing orders them"),
     ("only one lane's stores", ("bar.warp.sync -1;\nsetp.eq.u32 p, %t, 0;", "setp.eq.u32 p, %t, 0;"), "race",
-     "ld.shared.u32 v, [to+16]", "wrote without a barrier"),
-    ("no wait for the others", (WAIT_FULL, ""), "race", "ld.shared.u32 v, [to+16]", "wrote without a barrier", 4),
+     "ld.shared.u32 v, [to+16]", "wrote: nothing orders them"),
+    ("no wait for the others", (WAIT_FULL, ""), "race", "ld.shared.u32 v, [to+16]", "wrote: nothing orders them", 4),
     ("waits at another block's", (WAIT_EMPTY, wait("full", "parity")), "mbarrier", "[full], parity", "of another block"),
     ("an arrival too few", ("[%smem], count;", "[%smem], i;", "mov.u32 sum, 0;", "mov.u32 sum, 0; add.u32 i, count, 1;"),
      "deadlock", WAIT_FULL, "mbarrier at shared address 0 of block 0: phase 0 lacks 1 of 5"),
@@ -323,5 +323,5 @@ def run_flag(kernel, seed=0):
 def test_flag_in_another_block():
     for seed in range(3):
         run_flag(FLAG, seed)
-    FLAG.edit("red.release", "red.relaxed").caught(run_flag, "race", "[%smem+68]", "wrote without a barrier")
-    FLAG.edit("ld.acquire.cluster", "ld.relaxed.cluster").caught(run_flag, "race", "[%smem+68]", "wrote without a barrier")
+    FLAG.edit("red.release", "red.relaxed").caught(run_flag, "race", "[%smem+68]", "wrote: nothing orders them")
+    FLAG.edit("ld.acquire.cluster", "ld.relaxed.cluster").caught(run_flag, "race", "[%smem+68]", "wrote: nothing orders them")

@@ -296,7 +296,7 @@ def test_copies_arrive(kernel, seed, random_completion):
 
 def test_copies_and_misuse():
     early = COPIES.edit(wait("full", "parity"), "")
-    early.caught(run_copies, "in-flight|race", "{v, w}, [at+16]", "the copy|without a barrier", 2)
+    early.caught(run_copies, "in-flight|race", "{v, w}, [at+16]", "the copy|no barrier between", 2)
     # The pending count goes up by one, and the arrival of the copies takes it back: the phase never ends.
     COPIES.edit(NOINC, INC).caught(run_copies, "deadlock", wait("empty", "parity"), "phase 0 lacks 64 of 64 arrivals")
     for random_completion in (False, True):  # what is copied is as undefined as its source
@@ -343,4 +343,4 @@ def test_two_stages_of_copies(seed, random_completion):
 
 
 def test_one_stage_of_copies_is_not_waited_for():
-    TWO_STAGES.edit(wait("two", "0") + " // two", "").caught(run_stages, "in-flight|race", "ld.shared.u32 w", "the copy|without a barrier", 2)
+    TWO_STAGES.edit(wait("two", "0") + " // two", "").caught(run_stages, "in-flight|race", "ld.shared.u32 w", "the copy|no barrier between", 2)

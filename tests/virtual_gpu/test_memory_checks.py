@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from raw_ptx import caught, run, twins
+import vgpu
+from raw_ptx import caught, kernel, run, twins
 
 # ------------------------------------------------------------------------------------------------------------ planted bugs
 
@@ -82,6 +83,12 @@ PLANTED = {
     "nc_load_of_what_it_wrote_in_part": ("race", "st.global.u32 [%y1+12], 1; "
                                         "ld.global<<.nc|>>.v4.u32 {%r1, %r2, %r3, %r4}, [%y1]; // caught", dict(block=16)),
     "nc_load_of_a_byte_that_it_wrote": ("race", "st.global.u8 [%x1], 1; ld.global.nc.u8 %r1, [%x1+<<0|1>>]; // caught"),
+    "store_to_what_it_read_as_nc": ("race", "xor.b32 %r9, %t, 32; mad.wide.u32 %l1, %r9, 4, %a1; ld.global<<.nc|>>.u32 %r1, [%l1]; bar.sync 0;\n"
+                                    "st.global.u32 [%x1], 1; // caught", dict(fresh=())),
+    "store_to_a_byte_that_it_read_as_nc": ("race", "ld.global.nc.u8 %r1, [%x1+1]; bar.sync 0;\nst.global.u8 [%x1+<<1|2>>], 1; // caught",
+                                           dict(fresh=())),
+    "atomic_on_what_it_read_as_nc": ("race", "ld.global<<.nc|>>.v4.u32 {%r1, %r2, %r3, %r4}, [%a1]; bar.sync 0;\n"
+                                     "red.global.add.u32 [%a1+12], 1; // caught", dict(fresh=())),
     "read_without_barrier": ("race", WRITE + " // caught\n<<//|>> bar.sync 0;\nxor.b32 %r9, %r9, 128; ld.shared.u32 %r1, [%r9]; "
                              "// caught"),
     "write_without_barrier": ("race", WRITE + "\nbar.sync 0; xor.b32 %r9, %r9, 128; ld.shared.u32 %r1, [%r9]; // caught\n"
@@ -119,6 +126,50 @@ def test_planted_bugs(case):
         args, more = planted_options(**(options[0] if options else {}))
         more.pop("also", None)
         run(right, *args, seed=seed, **more)
+
+
+def test_what_was_read_as_nc_may_be_written_by_the_next_kernel():
+    x = np.ones(32, np.uint32)
+    gpu = vgpu.Gpu()
+    module = gpu.module(kernel("setp.eq.u32 %p1, %n1, 0; @%p1 ld.global.nc.u32 %r1, [%x0]; @!%p1 st.global.u32 [%x0], %t;", [x, np.uint32(0)]))
+    with gpu.mapped([("x", x, True, True)]):
+        for stores in range(2):
+            module.launch("k", args=[x, np.uint32(stores)])
+    np.testing.assert_array_equal(x, np.arange(32))
+
+
+# Who races decides what is said to be missing. Blocks of 64 threads.
+SHARED_OF_BLOCK_0 = """mov.u32 %r1, s; mapa.shared::cluster.u32 %r2, %r1, 0; barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+setp.eq.u32 %p1, %t, 0; @%p1 st.shared::cluster.u32 [%r2], 1; // caught
+barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"""
+ONE_WORD = "setp.eq.u32 %p1, %t, 0; @%p1 st.global.u32 [%a0], 1; // caught"
+MISSING = {
+    "the same warp": ("shr.u32 %r1, %t, 1; mad.wide.u32 %l1, %r1, 4, %a0; st.global.u32 [%l1], 1; // caught", {}, "no __syncwarp between them"),
+    "the same block": ("and.b32 %r1, %t, 31; mad.wide.u32 %l1, %r1, 4, %a0; st.global.u32 [%l1], 1; // caught", {}, "no barrier between them"),
+    "other blocks": (ONE_WORD, dict(grid=2), "nothing orders them (a fence and an atomic, or the end of the kernel)"),
+    "blocks of a cluster": (ONE_WORD, dict(grid=2, cluster=2),
+                            "nothing orders them (a fence and an atomic, a barrier of the cluster, or the end of the kernel)"),
+    "shared memory of a cluster": (SHARED_OF_BLOCK_0, dict(grid=2, cluster=2),
+                                   "nothing orders them (a fence and an atomic, a barrier of the cluster)"),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_what_is_missing(case):
+    body, more, text = MISSING[case]
+    for seed in range(SEEDS):
+        reports = caught("race", body, np.zeros(64, np.uint32), arch=90, block=64, seed=seed, variables=".shared .align 4 .b8 s[4];", **more)
+        assert reports[0]["text"].endswith(" wrote: " + text)
+
+
+def test_what_is_missing_behind_the_kernel_before():
+    x = np.zeros(32, np.uint32)
+    gpu = vgpu.Gpu(arch=90)
+    module = gpu.module(kernel("st.global.u32 [%x0], 1;", [x], arch=90))
+    with gpu.mapped([("x", x, True, True)]):
+        module.launch("k", args=[x])
+        with pytest.raises(vgpu.Failure, match="the kernel launched before wrote: no griddepcontrol.wait between them"):
+            module.launch("k", args=[x], programmatic=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ false alarms

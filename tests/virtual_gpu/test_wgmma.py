@@ -212,7 +212,7 @@ BUGS = [  # name, edits, kind, where, text
     ("a fence before the accumulators", (FENCE, FENCE + "mov.f32 d5, 0f00000000;"), "wgmma", "// step 0",
      "after the last wgmma.fence"),
     ("no proxy fence", (PROXY, ""), "proxy", "// step 0", "ordinary store, without fence.proxy.async"),
-    ("no barrier", ("bar.sync 0;", ""), "race", "// step 0", "wrote without a barrier"),
+    ("no barrier", ("bar.sync 0;", ""), "race", "// step 0", "wrote: no (barrier|__syncwarp) between"),
     ("shared memory overwritten in flight", (COMMIT, COMMIT + "\nst.shared.u32 [%smem+16], v;"), "in-flight", "[%smem+16], v",
      "the matrix product at k.cu"),
     ("the warp ends", (WAIT, "ret;"), "in-flight", "// step 0", "did not wait for this matrix product"),
@@ -354,7 +354,7 @@ def test_shared_memory_reused():
         run(REUSED, seed)
     for a, b in ("release", "relaxed"), ("acquire", "relaxed"):
         for at in "[%smem+16], v", "[%smem+8208], v":
-            REUSED.edit(f".{a}.", f".{b}.").caught(run, "race", at, "a matrix product .* read without a barrier")
+            REUSED.edit(f".{a}.", f".{b}.").caught(run, "race", at, "a matrix product .* read: no barrier between")
 
 
 # Operands by tensor copies: A and B rows of 128 bytes of one tensor.

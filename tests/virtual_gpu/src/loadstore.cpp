@@ -131,6 +131,7 @@ void load(Warp &w, const Inst &in, Mask m) {
         w.looked = true;
         observe(w, l, span, old, in.a, in.b & 1);
       }
+      if (in.c) span.shadow->set_constant(span.cells, at, bytes);
       if (const Access *writer = in.c ? span.shadow->writer(span.cells, at, bytes) : nullptr)
         w.launch().report("race", &w, l, &in, "a non-coherent load (ld.global.nc) reads what this kernel wrote: " + w.launch().who(*writer));
     }

@@ -55,6 +55,7 @@ std::vector<Access> &Shadow::overflow(Cell &cell) {
 void Shadow::forget(Cell &cell) {
   cell.write = cell.read = Access();
   cell.reads_in_flight = cell.writes_in_flight = 0;  // of a launch that was stopped
+  cell.constant = 0;
   if (!cell.more) return;
   overflow_[cell.more - 1].clear();
   free_.push_back(cell.more);
@@ -87,6 +88,10 @@ bool Shadow::valid(const Cell *cell, uint64_t address, unsigned bytes) const {
 
 void Shadow::set_valid(Cell *cell, uint64_t address, unsigned bytes, bool value) {
   for_cells(cell, address, bytes, [&](Cell &c, uint8_t part, uint64_t) { c.valid = (uint8_t)(value ? c.valid | part : c.valid & ~part); });
+}
+
+void Shadow::set_constant(Cell *cell, uint64_t address, unsigned bytes) {
+  for_cells(cell, address, bytes, [&](Cell &c, uint8_t part, uint64_t) { c.constant |= part; });
 }
 
 const Access *Shadow::writer(const Cell *cell, uint64_t address, unsigned bytes) const {
@@ -122,13 +127,27 @@ void Shadow::in_flight(Cell *cell, uint64_t address, unsigned bytes, bool write,
   });
 }
 
+namespace {
+
+// What could order two accesses that race.
+std::string missing(const Access &access, const Actor &actor, bool global) {
+  if (access.cta == kPrimary) return "no griddepcontrol.wait between them";
+  const bool threads = actor.row < actor.warp->cta->warps.size();
+  if (access.cta == actor.cta) return access.warp == actor.row && threads ? "no __syncwarp between them" : "no barrier between them";
+  const uint32_t *cluster = actor.launch->cluster;
+  const std::string of_cluster = cluster[0] * cluster[1] * cluster[2] > 1 ? ", a barrier of the cluster" : "";
+  return "nothing orders them (a fence and an atomic" + of_cluster + (global ? ", or the end of the kernel)" : ")");
+}
+
+}  // namespace
+
 inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const Actor &actor, uint64_t address) {
   if (!(access.flags & bytes) || !access.lanes) return;
   if (access.flags & actor.flags & kStrong && (access.cta == actor.cta || !((access.flags | actor.flags) & kBlockScope))) return;
   if (!happened_before(access, actor.clock, actor)) {
     actor.launch->report("race", actor.warp, __builtin_ctz(actor.lanes), actor.inst,
                          std::string(write ? "writes " : "reads ") + actor.launch->place(address, global_) + ", which " +
-                             actor.launch->who(access) + (access.flags & kWrite ? " wrote" : " read") + " without a barrier between them");
+                             actor.launch->who(access) + (access.flags & kWrite ? " wrote" : " read") + ": " + missing(access, actor, global_));
     return;
   }
   // An ordinary write is visible to the async proxy only behind a proxy fence (PTX ISA 8 "Memory Consistency Model": proxies).
@@ -141,6 +160,9 @@ inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const
 
 void Shadow::probe_cell(Cell &cell, uint8_t bytes, bool write, const Actor &actor, uint64_t address) {
   if (cell.writes_in_flight || (write && cell.reads_in_flight)) report_in_flight(*actor.launch, actor, address, bytes, *this, global_, write);
+  if (write && cell.constant & bytes)
+    actor.launch->report("race", actor.warp, __builtin_ctz(actor.lanes), actor.inst, "writes " + actor.launch->place(address, global_) +
+                         ", which this kernel read with ld.global.nc: it must stay as it is while the kernel runs");
   check(cell.write, bytes, write, actor, address);
   if (write) check(cell.read, bytes, write, actor, address);
   if (cell.more)

@@ -33,6 +33,7 @@ struct Cell {
   Access write, read;       // the last ones
   uint32_t more = 0;        // 1 + index into Shadow::overflow, for readers and sub-word writers beyond these
   uint8_t valid = 0;        // bytes that hold a defined value
+  uint8_t constant = 0;     // bytes that this launch read with ld.global.nc
   uint16_t reads_in_flight = 0, writes_in_flight = 0;
 };
 
@@ -59,6 +60,7 @@ class Shadow {
     if (!cell.more) return;
     for (const Access &access : overflow_[cell.more - 1]) body(access);
   }
+  void set_constant(Cell *cell, uint64_t address, unsigned bytes);  // it may not be written in this launch
   void forget(Cell &cell);  // the accesses, not the validity
   void keep_as_primary(Cell &cell);
 
