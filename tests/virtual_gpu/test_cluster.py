@@ -109,7 +109,7 @@ SHARED_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at
      "w, [here+256]", "(read|wrote): nothing orders them"),
     ("no such block", ("mapa.shared::cluster.u32 there, here, next;\nld", "mapa.shared::cluster.u32 there, here, count;\nld"),
      "out-of-range", "here, count", "block 4 of a cluster of 4"),
-    ("beyond its memory", (READ, "ld.shared::cluster.u32 v, [there+512];"), "out-of-range", "[there+512]", "of 512 bytes"),
+    ("beyond its memory", (READ, "ld.shared::cluster.u32 v, [there+512];"), "out-of-range", "[there+512]", "ending \\d+ bytes behind the 512 bytes of"),
     ("through the own window", (READ, "ld.shared::cta.u32 v, [there];"), "out-of-range", "ld.shared::cta",
      "of the shared memory of block"),
     ("an arrival too many", (f"{WAIT} // first", f"{WAIT} // first\n{ARRIVE}"), "barrier",

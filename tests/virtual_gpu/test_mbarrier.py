@@ -103,7 +103,7 @@ RING_BUGS = [  # name, edits, kind, where, text, in how many of 8 schedules at l
     ("an arrival of 0", (ARRIVE_FULL, "mov.u32 r, 0; mbarrier.arrive.shared::cta.b64 _, [full], r;"), "mbarrier", "_, [full], r;",
      "count from 1"),
     ("invalidated", ("@producer ret;", "mbarrier.inval.shared::cta.b64 [%smem];\n@producer ret;"), "mbarrier|race",
-     "mbarrier.inval", "no mbarrier to invalidate|without a barrier"),
+     "mbarrier.inval", "no mbarrier to invalidate|no (barrier|__syncwarp) between"),
 ]
 
 

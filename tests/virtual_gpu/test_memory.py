@@ -175,9 +175,9 @@ def test_parameters():
 
 @pytest.mark.on_silicon
 def test_dynamic_shared_memory():
-    """It begins aligned behind the static one, has the size of the launch, and each block has its own."""
+    """It begins aligned behind the static one (and a gap of 1 KiB), has the size of the launch, and each block has its own."""
     out = np.zeros((3, 128), np.uint32)
-    run("""mov.u32 %r1, d; mov.u32 %r2, s; sub.u32 %r3, %r1, %r2; mov.u32 %r4, %dynamic_smem_size;
+    run("""mov.u32 %r1, d; mov.u32 %r2, s; sub.u32 %r3, %r1, %r2; and.b32 %r3, %r3, 1023; mov.u32 %r4, %dynamic_smem_size;
            shl.b32 %r5, %t, 2; add.u32 %r6, %r1, %r5; mad.lo.u32 %r7, %b, 1000, %t; st.shared.u32 [%r6], %r7; bar.sync 0;
            sub.u32 %r8, 508, %r5; add.u32 %r8, %r8, %r1; ld.shared.u32 %r9, [%r8]; 
            setp.eq.u32 %p1, %t, 0; @%p1 add.u32 %r9, %r3, %r4; st.global.u32 [%x0], %r9;""",

@@ -165,18 +165,18 @@ MBarrier *find_mbarrier(Warp &w, int lane, const Inst &in, uint64_t address, Cta
   const uint32_t own = (uint32_t)address & ((1u << kClusterShift) - 1);
   const auto found = (*cta)->barriers.mbarriers.find(own);
   if (found == (*cta)->barriers.mbarriers.end()) {
-    launch.report("mbarrier", &w, lane, &in, "there is no initialised mbarrier at shared address " + std::to_string(own - kSharedBase));
+    launch.report("mbarrier", &w, lane, &in, "there is no initialised mbarrier at shared address " + launch.shared_byte(own));
     return nullptr;
   }
   MBarrier &b = found->second;
   const Actor who = actor(w, lane, in);
   const bool told = b.told_in && w.cluster_seen[(size_t)lane] >= b.told_in;
   if (!told && !happened_before(b.initialised, who.clock, who))
-    launch.report("race", &w, lane, &in, "uses the mbarrier at shared address " + std::to_string(own - kSharedBase) + " that " +
+    launch.report("race", &w, lane, &in, "uses the mbarrier at shared address " + launch.shared_byte(own) + " that " +
                   launch.who(b.initialised) + " initialised, without a barrier between them");
   for (const Access &written : {span.cells[0].write, span.cells[1].write})
     if (written.statement != b.initialised.statement || written.epoch != b.initialised.epoch || written.cta != b.initialised.cta)
-      launch.report("mbarrier", &w, lane, &in, "the mbarrier at shared address " + std::to_string(own - kSharedBase) + " was overwritten by " +
+      launch.report("mbarrier", &w, lane, &in, "the mbarrier at shared address " + launch.shared_byte(own) + " was overwritten by " +
                     launch.who(written));
   const Lane &l = w.lanes[(size_t)lane];
   const Chunk *chunk = l.fenced_shared ? l.fenced_shared->find(b.initialised.cta) : nullptr;
@@ -442,7 +442,7 @@ void check_visitors(Cta &cta) {
       const bool ordered = ours && std::equal(ours->epoch.begin(), ours->epoch.end(), theirs->epoch.begin(), std::greater_equal<>());
       if (theirs->cta == cta.index || ordered) continue;
       launch.report("exited-block", nullptr, 0, b.remote,
-                    end + "this arrival at its mbarrier at shared address " + std::to_string(address - kSharedBase) + " came before");
+                    end + "this arrival at its mbarrier at shared address " + launch.shared_byte((uint32_t)address) + " came before");
       break;
     }
   }
@@ -460,7 +460,7 @@ void check_barriers_at_exit(Cta &cta) {
   for (const auto &[address, b] : cta.barriers.mbarriers)
     if (b.transactions || !b.waited)
       launch.report("mbarrier", cta.warps[0].get(), 0, b.last, "the block ends, and nobody waited for the transactions of the mbarrier at shared address " +
-                    std::to_string(address - kSharedBase));
+                    launch.shared_byte((uint32_t)address));
 }
 
 // --------------------------------------------------------------------------------------------------------- decoding

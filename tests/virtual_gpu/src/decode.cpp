@@ -491,7 +491,17 @@ Program *make_program(const Module &module, const Kernel &kernel) {
     at += v.bytes;
     return address;
   };
-  uint64_t shared = kSharedBase, local = 0, dynamic_align = 16;
+  uint64_t shared = kSharedBase, gaps = 0, local = 0, dynamic_align = 16;
+  // Shared variables lie as on the hardware but for gaps, so that an overrun of one does not meet the next. Their multiple of 1 KiB
+  // leaves banks and swizzles as they are. (The descriptors of wgmma reach 256 KiB, 28 gaps behind the largest shared memory.)
+  const auto place_shared = [&](const Variable &v) {
+    constexpr uint64_t kGap = 1024;
+    const uint64_t multiple = std::max<uint64_t>(kGap, v.align);
+    if (!program->shared.empty()) gaps = (gaps + kGap + multiple - 1) / multiple * multiple;
+    const uint64_t address = place(shared, v) + gaps;
+    program->shared.push_back({address, v.bytes, v.name.size() > 40 ? ".." + v.name.substr(v.name.size() - 38) : v.name});
+    return address;
+  };
   std::vector<std::string> dynamic;
   for (const std::vector<Variable> *list : {&module.variables, &kernel.variables})
     for (const Variable &v : *list) {
@@ -499,7 +509,7 @@ Program *make_program(const Module &module, const Kernel &kernel) {
         dynamic_align = std::max<uint64_t>(dynamic_align, v.align);
         dynamic.push_back(v.name);
       } else if (v.space == Space::kShared) {
-        symbols[v.name] = place(shared, v);
+        symbols[v.name] = place_shared(v);
       } else if (v.space == Space::kLocal) {
         symbols[v.name] = place(local, v);
       } else {
@@ -510,8 +520,14 @@ Program *make_program(const Module &module, const Kernel &kernel) {
     symbols[v.name] = v.address;
     program->param_bytes = (uint32_t)(v.address + v.bytes);
   }
-  if (!dynamic.empty()) shared = (shared + dynamic_align - 1) / dynamic_align * dynamic_align;
-  for (const std::string &name : dynamic) symbols[name] = shared;
+  if (!dynamic.empty()) {  // they share it
+    Variable last;
+    last.name = dynamic[0];
+    last.align = (uint32_t)dynamic_align;
+    const uint64_t address = place_shared(last);
+    for (const std::string &name : dynamic) symbols[name] = address;
+    program->dynamic = true;
+  }
   program->shared_bytes = (uint32_t)(shared - kSharedBase);
   program->local_bytes = (uint32_t)local;
   Decoder(*program, symbols).run();

@@ -65,6 +65,12 @@ struct Inst {
 
 constexpr Slot kNoSlot = 0xffff;  // a destination written as _, an operand that is not there
 
+// Memory with a name.
+struct Range {
+  uint64_t address = 0, bytes = 0;
+  std::string name;
+};
+
 // A kernel ready to run.
 struct Program {
   const Module *module = nullptr;
@@ -84,7 +90,9 @@ struct Program {
     std::string name;
   };
   std::vector<Special> specials;
-  uint32_t shared_bytes = 0;    // static; dynamic shared memory follows, aligned as declared
+  std::vector<Range> shared;    // shared variables by their addresses
+  bool dynamic = false;         // the last one is dynamic shared memory, of 0 bytes here
+  uint32_t shared_bytes = 0;    // static, without the gaps between them; dynamic shared memory follows, aligned as declared
   uint32_t local_bytes = 0;
   uint32_t param_bytes = 0;
   bool has_wgmma = false;

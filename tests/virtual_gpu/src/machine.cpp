@@ -48,9 +48,34 @@ std::string Launch::who(const Access &access) const {
 }
 
 std::string Launch::place(uint64_t address, bool in_global) const {
-  if (!in_global) return "shared byte " + std::to_string(address);
-  const Allocation *a = global->nearest(address);
+  if (!in_global) return "shared byte " + shared_byte((uint32_t)address + kSharedBase);
+  const Allocation *a = global->below(address);
   return a ? "byte " + std::to_string(address - a->address) + " of " + a->name : "address " + std::to_string(address);
+}
+
+namespace {
+
+const Range *last_at_or_below(const std::vector<Range> &all, uint64_t address) {
+  const auto above = std::upper_bound(all.begin(), all.end(), address, [](uint64_t a, const Range &r) { return a < r.address; });
+  return above == all.begin() ? nullptr : &above[-1];
+}
+
+}  // namespace
+
+std::string Launch::shared_byte(uint32_t address) const {
+  const auto used = std::count_if(shared.begin(), shared.end(), [](const Range &v) { return v.bytes > 0; });
+  const Range *v = used > 1 ? last_at_or_below(shared, address) : nullptr;
+  return v ? std::to_string(address - v->address) + " of " + v->name : std::to_string((int64_t)address - kSharedBase);
+}
+
+bool Launch::in_shared(uint64_t address, uint64_t bytes) const {
+  const Range *v = last_at_or_below(shared, address);
+  return v && address + bytes <= v->address + v->bytes;
+}
+
+std::string Launch::beside_shared(uint64_t address, uint64_t bytes) const {
+  const Range *below = last_at_or_below(shared, address), *above = below ? below + 1 : shared.data();
+  return beside(address, bytes, below, above == shared.data() + shared.size() ? nullptr : above);
 }
 
 bool check_poison(Warp &warp, const Inst &in, Mask poison, const char *what) {
@@ -309,7 +334,7 @@ void Launch::start() {
   made.live = (int)size;
   resident_ += size;
   for (uint32_t rank = 0; rank < size; ++rank) {
-    made.ctas.emplace_back(new Cta(shared_bytes));
+    made.ctas.emplace_back(new Cta(shared.empty() ? 0 : (uint32_t)(shared.back().address + shared.back().bytes) - kSharedBase));
     Cta &cta = *made.ctas.back();
     cta.launch = this;
     cta.cluster = &made;
@@ -508,7 +533,7 @@ void Launch::deadlock() {
     for (auto &cta : c->ctas)
       for (const auto &[address, b] : cta->barriers.mbarriers)
         if ((b.polled || b.pending != (int64_t)b.count || b.transactions) && ++shown < 40)
-          text += "\n  mbarrier at shared address " + std::to_string(address - kSharedBase) + " of block " + std::to_string(cta->index) + ": phase " +
+          text += "\n  mbarrier at shared address " + shared_byte(address) + " of block " + std::to_string(cta->index) + ": phase " +
                   std::to_string(b.phase) + " lacks " + std::to_string(b.pending) + " of " + std::to_string(b.count) + " arrivals and " +
                   std::to_string(b.transactions) + " bytes";
   if (shown > 24) text += "\n  ..";

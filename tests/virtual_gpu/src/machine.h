@@ -117,7 +117,8 @@ struct Launch {
   Options options;
   uint64_t id = 0, after = 0;  // after: the launch before, if it may still run; then what it did is known behind griddepcontrol.wait
   uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {1, 1, 1};
-  uint32_t dynamic_shared = 0, shared_bytes = 0;
+  uint32_t dynamic_shared = 0, shared_bytes = 0;  // shared_bytes: as on the hardware
+  std::vector<Range> shared;   // Program::shared, and how much of it is dynamic
   std::vector<uint8_t> params;
   GlobalMemory *global = nullptr;
   Reports *reports = nullptr;
@@ -138,6 +139,9 @@ struct Launch {
   std::string who(const Warp &warp, Mask lanes) const;      // "block (0,0,0) thread 5"
   std::string who(const Access &access) const;
   std::string place(uint64_t address, bool global) const;   // "byte 12 of argument 0", "shared byte 12"
+  std::string shared_byte(uint32_t address) const;          // "12", or "12 of x" if x is not the only shared variable
+  bool in_shared(uint64_t address, uint64_t bytes) const;   // whether one variable has all of these
+  std::string beside_shared(uint64_t address, uint64_t bytes) const;
 
  private:
   void start();

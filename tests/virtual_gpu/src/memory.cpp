@@ -253,7 +253,7 @@ void Shadow::record_write(Cell &cell, uint8_t bytes, const Actor &actor) {
 
 void GlobalMemory::map(uint64_t address, uint64_t bytes, const std::string &name, bool writable, bool initialised) {
   last_ = nullptr;
-  allocations_[address] = {address, bytes, name, writable, initialised};
+  allocations_[address] = {{address, bytes, name}, writable, initialised};
   reset(address, bytes);
 }
 
@@ -269,14 +269,27 @@ bool GlobalMemory::unmap(uint64_t address) {
 
 const Allocation *GlobalMemory::find(uint64_t address) const {
   if (last_ && address - last_->address < last_->bytes) return last_;
-  const Allocation *a = nearest(address);
+  const Allocation *a = below(address);
   if (!a || address - a->address >= a->bytes) return nullptr;
   return last_ = a;
 }
 
-const Allocation *GlobalMemory::nearest(uint64_t address) const {
+const Allocation *GlobalMemory::below(uint64_t address) const {
   auto at = allocations_.upper_bound(address);
   return at == allocations_.begin() ? nullptr : &std::prev(at)->second;
+}
+
+const Allocation *GlobalMemory::above(uint64_t address) const {
+  const auto at = allocations_.upper_bound(address);
+  return at == allocations_.end() ? nullptr : &at->second;
+}
+
+std::string beside(uint64_t address, uint64_t bytes, const Range *below, const Range *above) {
+  constexpr uint64_t kFar = 1 << 20;
+  const uint64_t behind = below ? address + bytes - below->address - below->bytes : ~0ull, before = above ? above->address - address : ~0ull;
+  if (std::min(behind, before) > kFar) return "";
+  if (before < behind) return ", beginning " + std::to_string(before) + " bytes before " + above->name;
+  return ", ending " + std::to_string(behind) + " bytes behind the " + std::to_string(below->bytes) + " bytes of " + below->name;
 }
 
 // Pages are few even where an allocation spans gigabytes: walk what is smaller.
@@ -371,13 +384,9 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
   }
   if (space == Space::kGlobal || space == Space::kConst) {
     const Allocation *a = launch.global->find(address);
-    if (!a || address + bytes > a->address + a->bytes) {
-      const Allocation *near = a ? a : launch.global->nearest(address);
-      std::string text = verb + std::to_string(bytes) + " bytes at global address " + hex(address);
-      if (near && address - near->address < (1ull << 40))
-        text += ", " + std::to_string(address - near->address) + " bytes into " + near->name + " of " + std::to_string(near->bytes) + " bytes";
-      return fail("out-of-range", text);
-    }
+    if (!a || address + bytes > a->address + a->bytes)
+      return fail("out-of-range", verb + std::to_string(bytes) + " bytes at global address " + hex(address) +
+                                      beside(address, bytes, launch.global->below(address), launch.global->above(address)));
     if (write && (!a->writable || space == Space::kConst))
       return fail("read-only", verb + std::to_string(bytes) + " bytes, " + std::to_string(address - a->address) + " bytes into " + a->name + ", which is an input");
     return {(uint8_t *)address, space == Space::kConst ? nullptr : launch.cells(address), &launch.global->shadow(), space, address};
@@ -398,9 +407,8 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
       if (cta->live == 0)
         return fail("exited-block", verb + std::string("shared memory of block ") + std::to_string(rank - 1) + " of the cluster, which has exited");
     }
-    if (address < kSharedBase || address + bytes > kSharedBase + cta->shared.data.size())
-      return fail("out-of-range", verb + std::to_string(bytes) + " bytes at shared address " + std::to_string((int64_t)address - kSharedBase) + " of " +
-                                      std::to_string(cta->shared.data.size()) + " bytes");
+    if (!launch.in_shared(address, bytes))
+      return fail("out-of-range", verb + std::to_string(bytes) + " bytes of shared memory" + launch.beside_shared(address, bytes));
     const uint64_t offset = address - kSharedBase;
     return {&cta->shared.data[offset], &cta->shared.cells[offset / 4], &cta->shared.shadow, space, offset};
   }

@@ -86,11 +86,13 @@ struct Span {
 };
 
 // "Device memory" is host memory that was mapped: what is not mapped is out of range.
-struct Allocation {
-  uint64_t address, bytes;
-  std::string name;
+struct Allocation : Range {
   bool writable, initialised;
 };
+
+// Where an access lies that is in no memory: "ending 4 bytes behind the 256 bytes of x", "beginning 4 bytes before y", whichever
+// is nearer, of the memory that begins last at or below it and the one above; nothing if it is far from both.
+std::string beside(uint64_t address, uint64_t bytes, const Range *below, const Range *above);
 
 class GlobalMemory {
  public:
@@ -98,7 +100,8 @@ class GlobalMemory {
   void map(uint64_t address, uint64_t bytes, const std::string &name, bool writable, bool initialised);
   bool unmap(uint64_t address);
   const Allocation *find(uint64_t address) const;
-  const Allocation *nearest(uint64_t address) const;  // for messages
+  const Allocation *below(uint64_t address) const;  // the last one that begins there or before
+  const Allocation *above(uint64_t address) const;  // and the first one behind
   // The cell of an address; a page is 4096 bytes. launch: which one asks (0: the host); after: the earlier launch that may
   // still run (0: none), whose accesses are kept as those of block kPrimary.
   Cell *cells(uint64_t address, uint64_t launch, uint64_t after = 0);

@@ -125,6 +125,8 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
                   " (cudaFuncAttributeMaxDynamicSharedMemorySize), and " + std::to_string(max_shared()) + " with static ones");
   launch.dynamic_shared = (uint32_t)shape.dynamic_shared;
   launch.shared_bytes = program->shared_bytes + launch.dynamic_shared;
+  launch.shared = program->shared;
+  if (program->dynamic) launch.shared.back().bytes = launch.dynamic_shared;
   launch.params.resize(program->param_bytes);
   for (size_t i = 0; i < program->kernel->params.size(); ++i) {
     const Variable &p = program->kernel->params[i];

@@ -90,9 +90,9 @@ bool issue(Warp &w, int lane, const Inst &in, std::unique_ptr<BulkCopy> copy, Ma
     }
   for (Piece &p : copy->pieces) {
     for (Cta *cta : copy->targets) {
-      if ((uint64_t)p.shared + p.bytes > cta->shared.data.size()) {
-        launch.report("out-of-range", &w, lane, &in, std::string(copy->store ? "reads" : "writes") + " shared bytes up to " + std::to_string(p.shared + p.bytes) +
-                      " of " + std::to_string(cta->shared.data.size()));
+      if (!launch.in_shared(p.shared + kSharedBase, p.bytes)) {
+        launch.report("out-of-range", &w, lane, &in, (copy->store ? "reads " : "writes ") + std::to_string(p.bytes) + " bytes of shared memory" +
+                      launch.beside_shared(p.shared + kSharedBase, p.bytes));
         return false;
       }
       cta->shared.shadow.probe(&cta->shared.cells[p.shared / 4], p.shared, p.bytes, !copy->store, who);

@@ -217,15 +217,16 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
       return;
     }
     if (d.start >> 7 & ((1u << d.swizzle) - 1)) {  // 9.7.15.5.1.2.2: such a pattern needs a base offset
-      say("descriptor", std::string("the descriptor of ") + name + " starts at shared byte " + std::to_string((int32_t)(d.start - kSharedBase)) +
+      say("descriptor", std::string("the descriptor of ") + name + " starts at shared byte " + launch.shared_byte(d.start) +
                             ", inside of the " + std::to_string(128 << d.swizzle) + " bytes after which its swizzle repeats");
       return;
     }
     for (int row = begin; row < end; row += k_major ? 1 : 8)
       for (int k = 0; k < kK; k += k_major ? 8 : 1) {
         const uint32_t offset = d.unit(row, k, k_major) - kSharedBase;
-        if ((uint64_t)offset + 16 > shared.data.size()) {
-          say("out-of-range", std::string("the descriptor of ") + name + " reaches shared byte " + std::to_string((int32_t)offset) + " of " + std::to_string(shared.data.size()));
+        if (!launch.in_shared(offset + kSharedBase, 16)) {
+          say("out-of-range", std::string("the descriptor of ") + name + " reaches 16 bytes of shared memory" +
+                                  launch.beside_shared(offset + kSharedBase, 16));
           return;
         }
         const Cell *cells = &shared.cells[offset / 4];
