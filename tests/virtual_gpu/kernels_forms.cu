@@ -55,6 +55,11 @@ KERNEL store_beside_the_loop(double *sum, const double *x) {
   add(sum, x[THREAD]);
 }
 
+#if __CUDA_ARCH__ >= 900
+KERNEL add_float2(float2 *sums, const float2 *x, float2 *old) { old[THREAD] = atomicAdd(sums + THREAD % 3, x[THREAD]); }
+KERNEL add_float4(float4 *sums, const float4 *x, float4 *) { atomicAdd(sums + THREAD % 3, x[THREAD]); }
+#endif
+
 // ------------------------------------------------------------------------------------------------------------------------- calls
 
 struct Numbers {

@@ -97,6 +97,18 @@ def test_a_guess_is_what_the_loop_alone_uses(case):
         assert total[0] == 128
 
 
+@pytest.mark.on_silicon
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("n", (2, 4))
+def test_vectors_of_floats(n, seed):
+    x = np.random.default_rng(seed).integers(0, 9, (192, n)).astype(np.float32)
+    sums, old = np.zeros((3, n), np.float32), np.zeros((192, n), np.float32)
+    launch(f"add_float{n}", sums, x, old, arch="90a", seed=seed, grid=3, block=64, written={0, 2})
+    np.testing.assert_array_equal(sums, [x[i::3].sum(0) for i in range(3)])
+    if n == 2:  # the last to add has seen the sum of the others
+        assert all(((old + x)[i::3] == sums[i]).any(0).all() for i in range(3))
+
+
 # ---------------------------------------------------------------------------------------------------------------------- calls
 
 @pytest.mark.on_silicon

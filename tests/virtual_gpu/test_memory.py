@@ -4,7 +4,7 @@ import pytest
 
 from c_api import to_bf16, to_f32
 import vgpu
-from raw_ptx import kernel, run
+from raw_ptx import aligned, caught, kernel, run, twins
 
 RNG = np.random.default_rng(0)
 SIZES = {"b8": 1, "b16": 2, "b32": 4, "b64": 8}
@@ -283,6 +283,70 @@ def test_f32_atomics_flush_subnormals_in_global_memory_only(space):
     flush = lambda x: x if "shared" in space else np.where(np.abs(x) < np.float32(e), np.copysign(np.float32(0), x), x)
     wanted = flush(flush(old) + flush(a))
     check_atom("add", "f32", space, old.view(np.uint32), a.view(np.uint32), a.view(np.uint32), wanted, register="%f")
+
+
+def check_vector(t, n, instruction, old, a, seed=0):
+    """64 threads add their rows of a, from registers that the results overwrite in reverse, to the row that they share with others."""
+    bits, rows = {"f32": 32, "f16": 16, "bf16": 16}.get(t, 32), len(old)
+    r = [f"{ {16: '%h', 32: '%f' if t == 'f32' else '%r'}[bits]}{10 + i}" for i in range(n)]
+    kind, noftz = "f32" if t == "f32" else f"b{bits}", "" if t == "f32" else ".noftz"
+    size, result, backwards = n * bits // 8, np.zeros_like(a), ", ".join(r[::-1])
+    run(f"""mul.wide.u32 %l1, %t, {size}; add.s64 %l2, %l1, %a1; add.s64 %l3, %l1, %a2;
+            rem.u32 %r1, %t, {rows}; mul.wide.u32 %l4, %r1, {size}; add.s64 %l4, %l4, %a0;
+            {" ".join(f"ld.global.{kind} {x}, [%l2+{i * bits // 8}];" for i, x in enumerate(r))}
+            {instruction}.global.add{noftz}.v{n}.{t} {f"{{{backwards}}}, " if instruction == "atom" else ""}[%l4], {{{", ".join(r)}}};
+            {" ".join(f"st.global.{kind} [%l3+{i * bits // 8}], {x};" for i, x in enumerate(r[::-1]))}""",
+        old, a, result, arch=90, seed=seed, block=64)
+    return result
+
+
+VECTOR_ATOMS = [("f32", 2), ("f32", 4), *((t, n) for t in ("f16", "bf16") for n in (2, 4, 8)),
+                *((t, n) for t in ("f16x2", "bf16x2") for n in (2, 4))]
+
+
+@pytest.mark.on_silicon
+@pytest.mark.parametrize("rows", (64, 3))
+@pytest.mark.parametrize("t, n", VECTOR_ATOMS, ids=[f"{t}x{n}" for t, n in VECTOR_ATOMS])
+def test_vector_atomics(t, n, rows):
+    """Each element is an atomic, on words of one thread's own and on shared ones. Sums of small integers are exact."""
+    elements = n * (1 + t.endswith("x2"))
+    old, a = RNG.integers(-3, 4, (rows, elements)).astype(np.float32), RNG.integers(-1, 2, (64, elements)).astype(np.float32)
+    encode, decode = {"f": (lambda x: x.astype(np.float16), lambda x: x.astype(np.float32)), "b": (to_bf16, to_f32)}[t[0]]
+    if t == "f32":
+        encode = decode = np.copy
+    wanted = old.copy()
+    np.add.at(wanted, np.arange(64) % rows, a)
+    for instruction, seed in (("atom", 0), ("atom", 1), ("red", 2)):
+        memory = encode(old)
+        result = decode(check_vector(t, n, instruction, memory, encode(a), seed))
+        np.testing.assert_array_equal(decode(memory), wanted)
+        if instruction == "atom" and rows == 64:
+            np.testing.assert_array_equal(result, old)
+
+
+@pytest.mark.parametrize("t, n", [("f32", 2), ("f16", 8)])
+def test_a_vector_atomic_is_aligned_as_a_whole(t, n):
+    size = {"f32": 4, "f16": 2}[t]
+    memory, registers = aligned(64, f"f{size}"), [f"%{'f' if t == 'f32' else 'h'}{i}" for i in range(1, n + 1)]
+    instruction = f"red.global.add{'' if t == 'f32' else '.noftz'}.v{n}.{t}"
+    wrong, right = twins(f"""{" ".join(f"ld.global.{'f32' if t == 'f32' else 'b16'} {r}, [%a0];" for r in registers)}
+        {instruction} [%a0+<<{size}|{size * n}>>], {{{", ".join(registers)}}}; // caught""")
+    caught("misaligned", wrong, memory, arch=90, block=1)
+    run(right, memory, arch=90, block=1)
+
+
+def test_a_vector_atomic_counts_its_bytes_once():
+    counters = run("mov.f32 %f1, 0f3F800000; red.global.add.v4.f32 [%y0], {%f1, %f1, %f1, %f1};", aligned((32, 4), np.float32),
+                   arch=90)
+    assert (counters["global_store_bytes"], counters["global_store_sectors"]) == (512, 16)
+
+
+@pytest.mark.parametrize("instruction", ["red.global.add.v4.u32 [%y0], {%r1, %r1, %r1, %r1}",
+                                         "red.shared.add.v2.f32 [s], {%f1, %f1}",
+                                         "red.global.max.noftz.v2.f16 [%y0], {%h1, %h1}", "ld.global.v8.b16 {%h1, %h2}, [%y0]"])
+def test_vectors_that_are_not_covered(instruction):
+    with pytest.raises(vgpu.Failure, match="uncovered"):
+        run(f"mov.u32 %r1, 1; {instruction};", np.zeros((32, 4), np.float32), arch=90, variables=".shared .align 8 .b8 s[8];")
 
 
 @pytest.mark.on_silicon

@@ -260,18 +260,21 @@ uint64_t atom_value(const Inst &in, uint64_t old, uint64_t a, uint64_t b) {
   }
 }
 
-// r: d (kNoSlot for red), base, a, [b of cas]. in.a: Order; in.b: Scope; in.c: AtomOp.
-void atom(Warp &w, const Inst &in, Mask m) {
-  const unsigned bytes = (unsigned)type_bytes(in.type);
+// r: d of each element (kNoSlot for red), base, a of each, [b of cas]. in.a: Order; in.b: Scope; in.c: AtomOp. The elements of a
+// vector are atomics of their own (9.7.13.5). Gives the old values, and the lanes where they are undefined.
+Mask atom_element(Warp &w, const Inst &in, Mask m, unsigned element, uint64_t *old) {
+  const unsigned bytes = (unsigned)type_bytes(in.type), all = bytes * in.vector;
   const bool wide = bytes == 8;
-  uint64_t address[32], old[32] = {};
-  addresses_of(w, in, in.r[1], m, address);
+  const Slot base = in.r[in.vector], operand = in.r[in.vector + 1 + element];
+  uint64_t address[32];
+  addresses_of(w, in, base, m, address);
   Mask poison = 0, global = 0, shared = 0;
   for (Mask rest = m; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    check_poison(w, in, (w.unit_poison[in.r[2]] | (in.c == kCas ? w.unit_poison[in.r[3]] : 0)) & 1u << l, "an atomic");
-    const Span span = resolve(w, l, in, in.space, address[l], bytes, bytes, true);
+    check_poison(w, in, (w.unit_poison[operand] | (in.c == kCas ? w.unit_poison[in.r[3]] : 0)) & 1u << l, "an atomic");
+    Span span = resolve(w, l, in, in.space, address[l], all, all, true);
     if (!span.data || !span.cells) continue;
+    span.cells += ((span.at & 3) + element * bytes) / 4, span.at += element * bytes, span.data += element * bytes;
     const bool in_shared = is_shared(span.space);
     (in_shared ? shared : global) |= 1u << l;
     const uint64_t at = span.at;
@@ -281,7 +284,7 @@ void atom(Warp &w, const Inst &in, Mask m) {
     else if (!valid)
       check_poison(w, in, 1u << l, "an atomic: the memory it changes was never written");
     memcpy(&old[l], span.data, bytes);
-    const uint64_t a = w.address(in.r[2], l, wide), b = in.c == kCas ? w.address(in.r[3], l, wide) : 0;
+    const uint64_t a = w.address(operand, l, wide), b = in.c == kCas ? w.address(in.r[3], l, wide) : 0;
     const bool flush = in.type == Type::kF32 && !in_shared;
     uint64_t now = flush ? atom_value(in, flushed(old[l]), flushed(a), b) : atom_value(in, old[l], a, b);
     if (flush) now = flushed(now);
@@ -293,19 +296,25 @@ void atom(Warp &w, const Inst &in, Mask m) {
     if (now == old[l]) w.launch().changes = changes;  // nobody can tell: a failed attempt is no progress
     memcpy(span.data, &now, bytes);
     w.looked = true;
-    if (in.r[0] != kNoSlot) observe(w, l, span, nullptr, in.a, in.b & 1);  // red is no acquire pattern (8.8)
+    if (in.r[element] != kNoSlot) observe(w, l, span, nullptr, in.a, in.b & 1);  // red is no acquire pattern (8.8)
     if (writes) publish(w, l, span, in.a, in.b & 1, true);
   }
+  if (element) global = 0;  // counted with the first
   Counters &c = w.launch().counters;
-  c.global_load_bytes += (uint64_t)__builtin_popcount(global) * bytes;
-  if (global) count_global(w, address, global, bytes, true);
+  c.global_load_bytes += (uint64_t)__builtin_popcount(global) * all;
+  if (global) count_global(w, address, global, all, true);
   if (shared) count_shared(w, in, address, shared, bytes);
-  if (wide) {
-    store_lanes(w, in.r[0], old, m, poison);
-  } else {
-    uint32_t v[32];
-    for (int l = 0; l < 32; ++l) v[l] = (uint32_t)old[l];
-    store_lanes(w, in.r[0], v, m, poison);
+  return poison;
+}
+
+void atom(Warp &w, const Inst &in, Mask m) {
+  uint64_t old[8][32] = {};
+  Mask poison[8];
+  for (unsigned e = 0; e < in.vector; ++e) poison[e] = atom_element(w, in, m, e, old[e]);
+  for (unsigned e = 0; e < in.vector; ++e) {
+    uint32_t narrow[32];
+    for (int l = 0; l < 32; ++l) narrow[l] = (uint32_t)old[e][l];
+    type_bytes(in.type) == 8 ? store_lanes(w, in.r[e], old[e], m, poison[e]) : store_lanes(w, in.r[e], narrow, m, poison[e]);
   }
 }
 
@@ -411,8 +420,8 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
     in.type = last_type(s);
     in.a = parse_order(s);
     in.b = s.has("cta") ? kCtaScope : kGpuScope;
-    if (in.type == Type::kNone || s.has("v8") || s.has("b128") || s.has("sc")) return false;
-    in.vector = s.has("v4") ? 4 : s.has("v2") ? 2 : 1;
+    if (in.type == Type::kNone || s.has("b128") || s.has("sc") || (s.has("v8") && (op == "ld" || op == "st"))) return false;
+    in.vector = s.has("v8") ? 8 : s.has("v4") ? 4 : s.has("v2") ? 2 : 1;
     if (in.vector * type_bytes(in.type) > 16) return false;
     const bool shared = in.space == Space::kShared || in.space == Space::kSharedCluster;
     if (op == "ld") {
@@ -437,7 +446,7 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
       in.exec = store;
       return true;
     }
-    if (in.vector != 1 || s.has("async")) return false;
+    if (s.has("async")) return false;
     static const char *const names[] = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"};
     in.c = -1;
     for (int i = 0; i < 10; ++i)
@@ -445,13 +454,14 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
     const bool is_float = in.type == Type::kF32 || in.type == Type::kF64 || in.type == Type::kF16 || in.type == Type::kBF16 ||
                           in.type == Type::kF16x2 || in.type == Type::kBF16x2;
     if (in.c < 0 || (is_float && in.c != kAdd)) return false;
+    if (in.vector > 1 && (in.space != Space::kGlobal || !is_float || in.type == Type::kF64)) return false;
     if (in.a == kWeak) in.a = kRelaxed;
     in.klass = Class::kAtomic;
     size_t i = 0;
     if (op == "atom")
       d.destination(s.operands.at(i++));
     else
-      d.destination(Operand());
+      for (unsigned e = 0; e < in.vector; ++e) d.destination(Operand());
     d.address(s.operands.at(i), in);
     d.source(s.operands.at(i + 1), in.type);
     if (in.c == kCas) d.source(s.operands.at(i + 2), in.type);
