@@ -103,11 +103,12 @@ def test_qualifiers_change_no_value(instruction):
 @pytest.mark.on_silicon
 def test_address_spaces():
     """cvta both ways, and isspacep of an address of each space for each space."""
-    out, spaces = np.zeros((3, 3), np.uint32), ("global", "shared", "local")
-    ask = "\n".join(f"isspacep.{to} %p1, %l{10 + i}; selp.u32 %r1, 1, 0, %p1; st.global.u32 [%a0+{4 * (3 * i + j)}], %r1;"
-                    for i in range(3) for j, to in enumerate(spaces))
+    out, spaces = np.zeros((5, 5), np.uint32), ("global", "shared", "local", "const", "param")
+    ask = "\n".join(f"isspacep.{to} %p1, %l{10 + i}; selp.u32 %r1, 1, 0, %p1; st.global.u32 [%a0+{4 * (5 * i + j)}], %r1;"
+                    for i in range(5) for j, to in enumerate(spaces))
     run(f"""mov.u64 %l1, v; mov.u64 %l2, s; mov.u64 %l3, m;
             cvta.global.u64 %l10, %l1; cvta.shared.u64 %l11, %l2; cvta.local.u64 %l12, %l3;
+            mov.u64 %l4, c; cvta.const.u64 %l13, %l4; mov.b64 %l5, q0; cvta.param.u64 %l14, %l5;
             {ask}
             st.u32 [%l10], 111; st.u32 [%l11+4], 222; st.u32 [%l12+8], 333;
             ld.global.u32 %r1, [v]; ld.shared.u32 %r2, [s+4]; ld.local.u32 %r3, [m+8];
@@ -115,8 +116,10 @@ def test_address_spaces():
             ld.global.u32 %r4, [%l4]; ld.shared.u32 %r5, [%l5+4]; ld.local.u32 %r6, [%l6+8];
             st.global.v2.u32 [%a1], {{%r1, %r2}}; st.global.v2.u32 [%a1+8], {{%r3, %r4}}; st.global.v2.u32 [%a1+16], {{%r5, %r6}};
             cvta.to.shared.u64 %l7, %l11; cvt.u32.u64 %r7, %l7; ld.shared.u32 %r8, [%r7+4]; st.global.u32 [%a1+24], %r8;""",
-        out, seen := np.zeros(8, np.uint32), module_variables=".global .u32 v;", **DECLARED | dict(block=1))
-    np.testing.assert_array_equal(out, np.eye(3))
+        out, seen := np.zeros(8, np.uint32), module_variables=".global .u32 v; .const .u32 c;", **DECLARED | dict(block=1))
+    wanted = np.eye(5)
+    wanted[4, 0] = 1  # the window of the parameters lies in the global one
+    np.testing.assert_array_equal(out, wanted)
     np.testing.assert_array_equal(seen, [111, 222, 333, 111, 222, 333, 222, 0])
 
 

@@ -75,6 +75,7 @@ Space space_of_window(uint64_t address) {
     case kSharedWindow: return Space::kShared;
     case kLocalWindow: return Space::kLocal;
     case kParamWindow: return Space::kParam;
+    case kConstWindow: return Space::kConst;
     default: return Space::kGlobal;
   }
 }
@@ -321,7 +322,13 @@ void atom(Warp &w, const Inst &in, Mask m) {
 // ------------------------------------------------------------------------------------------------------------ addresses
 
 uint64_t window_of(Space s) {
-  return s == Space::kShared || s == Space::kSharedCluster ? kSharedWindow : s == Space::kLocal ? kLocalWindow : s == Space::kParam ? kParamWindow : 0;
+  switch (s) {
+    case Space::kShared: case Space::kSharedCluster: return kSharedWindow;
+    case Space::kLocal: return kLocalWindow;
+    case Space::kParam: return kParamWindow;
+    case Space::kConst: return kConstWindow;
+    default: return 0;
+  }
 }
 
 // r: d, a. in.a: to the space (else from it); in.d: a is 64-bit; in.b: d is 64-bit
@@ -339,12 +346,13 @@ void cvta(Warp &w, const Inst &in, Mask m) {
     store_lanes(w, in.r[0], narrow, m, w.unit_poison[in.r[1]]);
 }
 
-// r: p, a. in.space
+// r: p, a. in.space. The window of a kernel's parameters is part of the global one. (9.7.9.19 isspacep)
 void isspacep(Warp &w, const Inst &in, Mask m) {
   Mask p = 0;
   for (int l = 0; l < 32; ++l) {
     const uint64_t a = w.address(in.r[1], l, in.d);
-    bool is = space_of_window(a) == (in.space == Space::kSharedCluster ? Space::kShared : in.space);
+    const Space space = space_of_window(a);
+    bool is = space == (in.space == Space::kSharedCluster ? Space::kShared : in.space) || (space == Space::kParam && in.space == Space::kGlobal);
     if (is && in.space == Space::kShared) is = (a >> kClusterShift & 0xff) == 0 || (a >> kClusterShift & 0xff) == w.cta->rank + 1;
     p |= (Mask)is << l;
   }

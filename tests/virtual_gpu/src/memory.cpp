@@ -378,6 +378,9 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
     } else if (window == kParamWindow) {
       space = Space::kParam;
       address -= kParamWindow;
+    } else if (window == kConstWindow) {
+      space = Space::kConst;
+      address -= kConstWindow;
     } else {
       space = Space::kGlobal;
     }
