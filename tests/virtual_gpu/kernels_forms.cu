@@ -2,6 +2,7 @@
 #include <cassert>
 #include <cstdio>
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 
 #define KERNEL extern "C" __global__ void
@@ -152,5 +153,27 @@ KERNEL call_printf(int *x) {
 
 KERNEL call_assert(int *x) {
   assert(x[THREAD] > 0 && "all are positive");
+  x[THREAD] = 1;
+}
+
+// ----------------------------------------------------------------------------------------------------------- cooperative launches
+
+// Each round a thread takes what the block behind it had, plus one.
+template <bool kSync>
+__device__ void rotate(int *x, int rounds) {
+  int *const mine = x + THREAD, *const next = x + (THREAD + blockDim.x) % (gridDim.x * blockDim.x);
+  for (int i = 0; i < rounds; ++i) {
+    const int value = *next + 1;
+    cooperative_groups::this_grid().sync();
+    *mine = value;
+    if (kSync) cooperative_groups::this_grid().sync();
+  }
+}
+
+KERNEL grid_sync_correct(int *x, int rounds) { rotate<true>(x, rounds); }
+KERNEL grid_sync_missing(int *x, int rounds) { rotate<false>(x, rounds); }
+
+KERNEL grid_sync_not_by_all(int *x) {
+  if (blockIdx.x != 1) cooperative_groups::this_grid().sync();
   x[THREAD] = 1;
 }

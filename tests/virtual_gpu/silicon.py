@@ -102,7 +102,7 @@ class _Config(ctypes.Structure):
                 ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint32)]
 
 
-CLUSTER_DIMENSION, PROGRAMMATIC = 4, 6  # CUlaunchAttributeID
+COOPERATIVE, CLUSTER_DIMENSION, PROGRAMMATIC = 2, 4, 6  # CUlaunchAttributeID
 MAX_DYNAMIC_SHARED, WIDE_CLUSTERS = 8, 14  # CUfunction_attribute
 
 
@@ -118,19 +118,21 @@ class Module:
         if self.handle:
             self.gpu.cuda.cuModuleUnload(self.handle)
 
-    def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=(), programmatic=False):
+    def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=(), programmatic=False,
+               cooperative=False):
         name = vgpu.one_kernel(self.kernels, kernel)
         with self.gpu.mapped(vgpu.arrays_of(args, written, fresh)):
-            self._launch(name, vgpu.three(grid), vgpu.three(block), vgpu.three(cluster) if cluster else None, args, shared, programmatic)
+            self._launch(name, vgpu.three(grid), vgpu.three(block), vgpu.three(cluster) if cluster else None, args, shared,
+                         [PROGRAMMATIC] * programmatic + [COOPERATIVE] * cooperative)
             self.gpu.call("cuCtxSynchronize")
 
-    def _launch(self, name, grid, block, cluster, args, shared, programmatic):
+    def _launch(self, name, grid, block, cluster, args, shared, flags):
         gpu, function = self.gpu, ctypes.c_void_p()
         gpu.call("cuModuleGetFunction", ctypes.byref(function), self.handle, name.encode())
         if shared > 48 * 1024:
             gpu.call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
         values = vgpu.values_of(args, self.kernels[name], gpu.pointer, gpu.cuda.cuTensorMapEncodeTiled)
-        attributes = (_Attribute * 2)()
+        attributes = (_Attribute * 3)()
         count = 0
         if cluster:
             attributes[count].id = CLUSTER_DIMENSION
@@ -138,8 +140,8 @@ class Module:
             count += 1
             if np.prod(cluster) > 8:
                 gpu.call("cuFuncSetAttribute", function, WIDE_CLUSTERS, ctypes.c_int(1))
-        if programmatic:
-            attributes[count].id = PROGRAMMATIC
+        for flag in flags:
+            attributes[count].id = flag
             attributes[count].value[0] = 1
             count += 1
         config = _Config((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), shared, None, attributes, count)

@@ -228,3 +228,41 @@ def test_failed_assertion(arch, seed):
     (report,), where = failure.value.reports, line_of('assert(x[THREAD] > 0 && "all are positive")')
     assert (report["kind"], report["where"], report["thread"]) == ("trap", where, "block (0,0,0) thread 77")
     assert report["text"] == f'assertion x[THREAD] > 0 && "all are positive" failed: {where}, void call_assert(int *)'
+
+
+# ------------------------------------------------------------------------------------------------------- cooperative launches
+
+@pytest.mark.on_silicon
+@pytest.mark.parametrize("arch", ("80", "90a"))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_grid_sync(seed, arch):
+    x = np.random.default_rng(seed).integers(0, 1000, (7, 64), np.int32)
+    wanted = np.roll(x, -5, 0) + 5
+    launch("grid_sync_correct", x, np.int32(5), arch=arch, seed=seed, grid=7, block=64, cooperative=True)
+    np.testing.assert_array_equal(x, wanted)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_missing_grid_sync(seed):
+    reports = found("grid_sync_missing", np.zeros((7, 64), np.int32), np.int32(5), seed=seed, grid=7, block=64, cooperative=True)
+    assert reports == {("race", line_of("grid_sync_missing"))}
+
+
+def test_grid_sync_not_by_all_blocks():
+    with pytest.raises(vgpu.Failure, match="nothing can go on:(.*\n)*  block .* thread 0 polls near"):
+        launch("grid_sync_not_by_all", np.zeros(96, np.int32), grid=3, cooperative=True)
+
+
+def test_grid_sync_needs_a_cooperative_launch():
+    """cooperative_groups traps."""
+    assert {kind for kind, _ in found("grid_sync_correct", np.zeros(64, np.int32), np.int32(1), grid=2)} == {"trap"}
+
+
+def test_a_cooperative_grid_is_resident_as_a_whole():
+    """Four blocks of 512 threads on each of four multiprocessors (sm_count), two of 1024."""
+    for block, most in ((512, 16), (1024, 8)):
+        x = np.zeros((most + 1, block), np.int32)
+        launch("grid_sync_correct", x, np.int32(1), grid=most, block=block, cooperative=True)
+        assert (x[:most] == 1).all() and not x[most:].any()
+        with pytest.raises(vgpu.LaunchError, match=f"a cooperative grid of {most + 1} blocks, of which {most} are resident at once"):
+            launch("grid_sync_correct", x, np.int32(1), grid=most + 1, block=block, cooperative=True)

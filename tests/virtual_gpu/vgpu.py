@@ -86,7 +86,7 @@ def library():
             ("vgpu_reports", ctypes.c_char_p, []), ("vgpu_counters", ctypes.c_char_p, []), ("vgpu_clear", None, []),
             ("vgpu_error", ctypes.c_char_p, []), ("vgpu_load", ctypes.c_void_p, [ctypes.c_char_p]), ("vgpu_unload", None, [ctypes.c_void_p]),
             ("vgpu_launch", ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p, *3 * [ctypes.POINTER(ctypes.c_uint32)], ctypes.c_uint64,
-                                           ctypes.c_int, ctypes.POINTER(ctypes.c_void_p)]),
+                                           ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p)]),
             ("vgpu_encode_tiled", ctypes.c_int, [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
                                                  ctypes.c_void_p, ctypes.c_void_p, *4 * [ctypes.c_int]]),
             ("vgpu_describe", ctypes.c_char_p, [ctypes.c_void_p]), ("vgpu_library_modules", ctypes.c_int, []),
@@ -294,17 +294,19 @@ class Module:
         if getattr(self, "handle", None):
             self.c.vgpu_unload(self.handle)
 
-    def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=(), programmatic=False):
+    def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=(), programmatic=False,
+               cooperative=False):
         """Runs a kernel. kernel: its name, or a part of its mangled name that one kernel has. args: numpy arrays (device memory),
         numpy scalars, TensorMaps. written: indices of the arrays that it may write (None: all). fresh: indices of those whose
-        contents are undefined when it starts. programmatic: it may start before the launch before it ends (griddepcontrol)."""
+        contents are undefined when it starts. programmatic: it may start before the launch before it ends (griddepcontrol).
+        cooperative: its blocks may wait for each other (cooperative_groups' grid sync); a grid that is not resident as a whole is refused."""
         name = one_kernel(self.kernels, kernel)
         values = values_of(args, self.kernels[name], lambda array: array.ctypes.data, self.c.vgpu_encode_tiled)
         shape = [(ctypes.c_uint32 * 3)(*x) for x in (three(grid), three(block), three(cluster) if cluster else (0, 0, 0))]
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(value.ctypes.data for value in values))
         self.gpu.start()
         with self.gpu.mapped(arrays_of(args, written, fresh)):
-            if self.c.vgpu_launch(self.handle, name.encode(), *shape, shared, programmatic, pointers):
+            if self.c.vgpu_launch(self.handle, name.encode(), *shape, shared, programmatic, cooperative, pointers):
                 raise LaunchError(self.c.vgpu_error().decode())
             self.gpu.finish(lambda kernel: self.ptx)
 

@@ -289,7 +289,7 @@ Slot Decoder::special(const std::string &name) {
       "%nctaid.z", "%laneid", "%warpid", "%nwarpid", "%smid", "%nsmid", "%lanemask_eq", "%lanemask_lt", "%lanemask_le", "%lanemask_gt",
       "%lanemask_ge", "%dynamic_smem_size", "%total_smem_size", "%cluster_ctarank", "%cluster_nctarank", "%cluster_ctaid.x",
       "%cluster_ctaid.y", "%cluster_ctaid.z", "%cluster_nctaid.x", "%cluster_nctaid.y", "%cluster_nctaid.z", "%clusterid.x",
-      "%clusterid.y", "%clusterid.z", "%nclusterid.x", "%nclusterid.y", "%nclusterid.z"};
+      "%clusterid.y", "%clusterid.z", "%nclusterid.x", "%nclusterid.y", "%nclusterid.z", "%envreg1", "%envreg2"};
   if (std::none_of(std::begin(known), std::end(known), [&](const char *k) { return name == k; })) throw Uncovered();
   const auto found = specials_.find(name);
   if (found != specials_.end()) return found->second;

@@ -281,6 +281,8 @@ uint32_t special_value(const std::string &name, const Launch &launch, const Warp
   if (name == "%nclusterid.x") return g[0] / c[0];
   if (name == "%nclusterid.y") return g[1] / c[1];
   if (name == "%nclusterid.z") return g[2] / c[2];
+  if (name == "%envreg1") return (uint32_t)(launch.workspace >> 32);
+  if (name == "%envreg2") return (uint32_t)launch.workspace;
   return 0;  // the decoder lets only these pass
 }
 
@@ -362,11 +364,15 @@ void Launch::start() {
   }
 }
 
-void Launch::run() {
+size_t Launch::capacity() const {
   const uint32_t threads = block[0] * block[1] * block[2], size = cluster[0] * cluster[1] * cluster[2];
   const uint32_t shared_of_sm = options.architecture >= 90 ? 228 * 1024 : 164 * 1024;
   const uint32_t per_sm = std::max(1u, std::min({4u, 2048 / threads, shared_of_sm / (shared_bytes + 1024)}));
-  capacity_ = std::max((size_t)per_sm * (size_t)options.sm_count, (size_t)size);
+  return std::max((size_t)per_sm * (size_t)options.sm_count, (size_t)size);
+}
+
+void Launch::run() {
+  const size_t size = cluster[0] * cluster[1] * cluster[2], most = capacity();
   counters.kernel = program->kernel->name;
   executions.assign(program->code.size(), 0);
   lane_executions.assign(program->code.size(), 0);
@@ -374,7 +380,7 @@ void Launch::run() {
   for (uint64_t i = 0; i < all; ++i) pending_.push_back(i);
 
   while (!stop) {
-    while (!pending_.empty() && resident_ + size <= capacity_) start();
+    while (!pending_.empty() && resident_ + size <= most) start();
     if (clusters.empty()) break;
     if (options.random_completion && chance(4)) complete_some(*this);
     // The warp of the highest priority runs; priorities are random and change at random moments.

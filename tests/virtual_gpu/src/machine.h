@@ -119,6 +119,7 @@ struct Launch {
   uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {1, 1, 1};
   uint32_t dynamic_shared = 0, shared_bytes = 0;  // shared_bytes: as on the hardware
   std::vector<Range> shared;   // Program::shared, and how much of it is dynamic
+  uint64_t workspace = 0;      // of a cooperative launch: %envreg1 and %envreg2 are the halves of its address
   std::vector<uint8_t> params;
   GlobalMemory *global = nullptr;
   Reports *reports = nullptr;
@@ -133,6 +134,7 @@ struct Launch {
   std::vector<uint64_t> executions, lane_executions;  // by statement
 
   Cell *cells(uint64_t address) { return global->cells(address, id, after); }
+  size_t capacity() const;     // blocks that are resident at once
   void run();
   bool chance(uint32_t one_in) { return random() % one_in == 0; }
   void report(const char *kind, const Warp *warp, int lane, const Inst *inst, const std::string &text);
@@ -151,7 +153,7 @@ struct Launch {
   void finish();
 
   std::vector<uint64_t> pending_;   // clusters not started, in order
-  size_t capacity_ = 1, resident_ = 0;
+  size_t resident_ = 0;
   uint64_t stuck_at_ = ~0ull;       // changes when nothing could go on
   int stuck_rounds_ = 0;
 };

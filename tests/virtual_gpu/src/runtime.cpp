@@ -135,7 +135,16 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
   // A body guarded by __CUDA_ARCH__ for another architecture compiles to nothing, and its launch would silently do nothing.
   if (program->kernel->statements.size() <= 1)
     launch.report("empty-kernel", nullptr, 0, &program->code[0], "this kernel has no body for sm_" + std::to_string(loaded.module->target));
+  uint64_t barrier = 0;  // what cooperative_groups counts the arrivals of blocks in, and its size
+  if (shape.cooperative) {
+    const uint64_t blocks = (uint64_t)shape.grid[0] * shape.grid[1] * shape.grid[2];
+    const size_t most = launch.capacity();
+    if (blocks > most) return refuse("a cooperative grid of " + std::to_string(blocks) + " blocks, of which " + std::to_string(most) + " are resident at once");
+    launch.workspace = (uint64_t)&barrier;
+    memory.map(launch.workspace, sizeof(barrier), "the barrier of the grid", true, true);
+  }
   launch.run();
+  if (shape.cooperative) memory.unmap(launch.workspace);
   counters.push_back(launch.counters);
   return true;
 }
@@ -205,13 +214,14 @@ VGPU_API void vgpu_unload(void *module) {
 }
 
 VGPU_API int vgpu_launch(void *module, const char *kernel, const uint32_t *grid, const uint32_t *block, const uint32_t *cluster, uint64_t dynamic_shared,
-                         int programmatic, void **args) {
+                         int programmatic, int cooperative, void **args) {
   vgpu::LaunchShape shape;
   memcpy(shape.grid, grid, 12);
   memcpy(shape.block, block, 12);
   memcpy(shape.cluster, cluster, 12);
   shape.dynamic_shared = dynamic_shared;
   shape.programmatic = programmatic;
+  shape.cooperative = cooperative;
   vgpu::Function function;
   function.name = kernel;
   function.max_dynamic_shared = device().max_shared();

@@ -34,6 +34,7 @@ struct Function {
 struct LaunchShape {
   uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {0, 0, 0};
   uint64_t dynamic_shared = 0;
+  bool cooperative = false;   // cudaLaunchAttributeCooperative: all blocks are resident at once, and may wait for each other
   bool programmatic = false;  // cudaLaunchAttributeProgrammaticStreamSerialization: may start before the launch before it ends
 };
 
