@@ -215,7 +215,7 @@ enum AtomOp : int { kAdd, kMin, kMax, kAnd, kOr, kXor, kExch, kCas, kInc, kDec }
 template <class T>
 T integer_atom(int op, T old, T a, T b) {
   switch (op) {
-    case kAdd: return (T)(old + a);
+    case kAdd: return (T)((uint64_t)old + (uint64_t)a);
     case kMin: return std::min(old, a);
     case kMax: return std::max(old, a);
     case kAnd: return old & a;

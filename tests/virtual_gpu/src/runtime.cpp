@@ -1,5 +1,6 @@
 #include "runtime.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -49,7 +50,7 @@ std::unique_ptr<LoadedModule> Device::load(const std::string &ptx) {
     if (v.space == Space::kShared) continue;
     std::vector<uint8_t> bytes(v.bytes + v.align, 0);
     const uint64_t address = ((uint64_t)bytes.data() + v.align - 1) / v.align * v.align;
-    memcpy((void *)address, v.initial.data(), std::min<size_t>(v.initial.size(), v.bytes));
+    std::copy_n(v.initial.begin(), std::min<size_t>(v.initial.size(), v.bytes), (uint8_t *)address);
     v.address = address;
     memory.map(address, v.bytes, "the variable " + v.name, v.space == Space::kGlobal, true);
     loaded->storage.push_back(std::move(bytes));
