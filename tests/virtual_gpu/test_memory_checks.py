@@ -235,3 +235,33 @@ def test_strided_arrays():
         source, block=256, written={0})
     np.testing.assert_array_equal(whole[:, 2:34], source[np.arange(256).reshape(32, 8).T % 32])
     assert (whole[:, :2] == 7).all() and (whole[:, 34:] == 7).all()
+
+
+def test_neighbours_on_a_page_are_kept():
+    """What a kernel wrote to one array stays known when another one on its page is mapped and unmapped."""
+    page = np.zeros(64, np.uint32)
+    a, b, c = page[:16], page[16:32], page[32:]
+    gpu = vgpu.Gpu(arch=80)
+    put = gpu.module(kernel("st.global.u32 [%x0], %t;", [a]))
+    get = gpu.module(kernel("ld.global.u32 %r1, [%x0]; st.global.u32 [%x1], %r1;", [a, b]))
+    with gpu.mapped([("a", a, True, False)]):
+        put.launch("k", block=16, args=[a])
+        put.launch("k", block=16, args=[b])
+        get.launch("k", block=16, args=[a, c], fresh={1})
+    np.testing.assert_array_equal(c[:16], np.arange(16))
+    with pytest.raises(vgpu.Failure, match="uninitialised"):
+        get.launch("k", block=16, args=[a, c], fresh={0, 1})
+
+
+def test_atomics_of_local_memory_are_not_covered():
+    caught("uncovered", "cvta.local.u64 %l1, m; st.local.u32 [m], 3;\natom.add.u32 %r1, [%l1], 1; // caught",
+           variables=".local .align 4 .b8 m[4];")
+
+
+def test_barrier_numbers_and_counts():
+    out = np.zeros(64, np.uint32)
+    caught("barrier", "and.b32 %r1, %lane, 1;\nbarrier.sync %r1; // caught", block=32, also=[("deadlock", 2)])
+    caught("uninitialised", "mov.u32 %r2, never; ld.shared.u32 %r1, [%r2];\nbar.sync 1, %r1; // caught", block=64, also=[("barrier", 2)],
+           variables=".shared .align 8 .b8 never[16];")
+    caught("uninitialised", "mov.u32 %r2, never; ld.shared.u32 %r1, [%r2];\nmbarrier.init.shared.b64 [%r2+8], %r1; // caught",
+           block=1, also=[("mbarrier", 2)], variables=".shared .align 8 .b8 never[16];")

@@ -183,3 +183,57 @@ st.global.u32 [%a2], %r0;"""
     x, count, out = (np.zeros(1, np.uint32) for _ in range(3))
     run(right, x, count, out, grid=2, block=1, seed=seed)
     assert out[0] == 5
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("space", ("global", "shared"))
+def test_the_last_ticket_clears_the_counter(space, seed):
+    """An atomic that took the last ticket observed the others (8.9.5), so its thread may store to the counter; one that took another may not."""
+    body = """mov.u32 %r8, s; setp.ne.u32 %p0, %t, 0; @%p0 bra ready; st.shared.u32 [%r8], 0; ready: bar.sync 0;
+atom.SPACE.inc.u32 %r0, [WHERE], 10000; // caught
+setp.ne.u32 %p1, %r0, <<5|LAST>>;
+@%p1 bra end;
+st.SPACE.u32 [WHERE], 77; // caught
+end:"""
+    blocks, where = (10, "%a0") if space == "global" else (1, "%r8")
+    body = body.replace("SPACE", space).replace("WHERE", where).replace("LAST", str(64 * blocks - 1))
+    wrong, right = twins(body)
+    for kernel in right, wrong:
+        count = np.zeros(1, np.uint32)
+        more = dict(grid=blocks, block=64, seed=seed, variables=".shared .align 4 .b8 s[4];")
+        if kernel is right:
+            run(kernel, count, **more)
+            assert space == "shared" or count[0] == 77
+        else:
+            caught("race", kernel, count, **more)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("release", ("st.release.gpu.global.u32 [%a1], 1;", "atom.release.gpu.global.exch.b32 %r9, [%a1], 1;"))
+def test_a_strong_write_goes_on_with_its_thread_s_release(release, seed):
+    """8.8: a release on M, then a strong write on M by the same thread, is a release pattern; on another location it is none."""
+    body = f"""setp.ne.u32 %p0, %b, 0; @%p0 bra reader;
+st.global.u32 [%a0], 5; // caught
+{release}
+st.relaxed.gpu.global.u32 [<<%a1+4|%a1>>], 2;
+ret;
+reader:
+ld.acquire.gpu.global.u32 %r1, [<<%a1+4|%a1>>];
+setp.ne.u32 %p1, %r1, 2;
+@%p1 bra reader;
+ld.global.u32 %r0, [%a0]; // caught
+st.global.u32 [%a2], %r0;"""
+    wrong, right = twins(body)
+    for kernel in right, wrong:
+        x, flag, out = (np.zeros(2, np.uint32) for _ in range(3))
+        if kernel is right:
+            run(kernel, x, flag, out, grid=2, block=1, seed=seed)
+            assert out[0] == 5
+        else:
+            caught("race", kernel, x, flag, out, grid=2, block=1, seed=seed)
+
+
+@pytest.mark.parametrize("fence", ("fence.sc.cta;", "membar.cta;"))
+def test_fences_of_a_block_order_nothing_between_blocks(fence):
+    """8.9.3: only morally strong fences are in one order."""
+    test_litmus("store buffering", fence, True)

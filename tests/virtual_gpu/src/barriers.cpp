@@ -51,8 +51,11 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
   Cta &cta = *w.cta;
   const int first = __builtin_ctz(f.mask);
   const Slot *r = in.r + (in.b >= 0);
-  check_poison(w, in, w.unit_poison[r[0]] & f.mask, "a barrier number");
+  check_poison(w, in, (w.unit_poison[r[0]] | (in.d ? w.unit_poison[r[1]] : 0)) & f.mask, "a barrier's number or thread count");
   const uint32_t id = w.at<uint32_t>(r[0])[first], threads = in.d ? w.at<uint32_t>(r[1])[first] : 0;
+  for (Mask m = f.mask; m; m &= m - 1)
+    if (w.at<uint32_t>(r[0])[__builtin_ctz(m)] != id)
+      w.launch().report("barrier", &w, __builtin_ctz(m), &in, "lanes of a warp name different barriers");
   const Mask required = ~w.exited;
   std::vector<Fragment *> all;
   // .aligned: all threads of the warp are at this very instruction.
@@ -136,9 +139,9 @@ void fence(Warp &w, const Inst &in, Mask m) {
     if (in.a == 2 && in.b & 2) lane.fenced_global = now;
     if (in.a == 1) lane.released = now;
     if (in.a <= 1) lane.released_cta = now;
-    if (in.a <= 1 && in.b) w.launch().strong.ordered.join(now);
+    if (in.a == 1 && in.b) w.launch().strong.ordered.join(now);
   }
-  if (in.a <= 1 && in.b) w.cta->ordered = w.launch().strong.ordered.freeze();
+  if (in.a == 1 && in.b) w.cta->ordered = w.launch().strong.ordered.freeze();
   ++w.epoch;
 }
 
@@ -229,6 +232,7 @@ Flow mbarrier_object(Warp &w, Fragment &f, const Inst &in) {
       if (!all.erase((uint32_t)address)) launch.report("mbarrier", &w, l, &in, "there is no mbarrier to invalidate here");
       continue;
     }
+    check_poison(w, in, w.unit_poison[in.r[1]] & 1u << l, "the count of an mbarrier");
     const uint32_t count = w.at<uint32_t>(in.r[1])[l];
     if (count < 1 || count >= 1 << 20) launch.report("mbarrier", &w, l, &in, "expected a count from 1 to 2^20 - 1, got " + std::to_string(count));
     if (all.count((uint32_t)address)) launch.report("mbarrier", &w, l, &in, "an mbarrier lives here already: mbarrier.inval comes before another init");

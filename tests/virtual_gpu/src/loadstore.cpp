@@ -274,7 +274,11 @@ Mask atom_element(Warp &w, const Inst &in, Mask m, unsigned element, uint64_t *o
     const int l = __builtin_ctz(rest);
     check_poison(w, in, (w.unit_poison[operand] | (in.c == kCas ? w.unit_poison[in.r[3]] : 0)) & 1u << l, "an atomic");
     Span span = resolve(w, l, in, in.space, address[l], all, all, true);
-    if (!span.data || !span.cells) continue;
+    if (!span.data) continue;
+    if (!span.cells) {
+      w.launch().report("uncovered", &w, l, &in, "an atomic of local or constant memory");
+      continue;
+    }
     span.cells += ((span.at & 3) + element * bytes) / 4, span.at += element * bytes, span.data += element * bytes;
     const bool in_shared = is_shared(span.space);
     (in_shared ? shared : global) |= 1u << l;
@@ -293,7 +297,7 @@ Mask atom_element(Warp &w, const Inst &in, Mask m, unsigned element, uint64_t *o
     const bool writes = !(in.c == kCas && old[l] != a);
     old_value(w, l, in, span, bytes, true);
     if (writes) replace(w, l, span, bytes);
-    span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strength(in)));
+    span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strength(in)), in.r[element] != kNoSlot);
     if (now == old[l]) w.launch().changes = changes;  // nobody can tell: a failed attempt is no progress
     memcpy(span.data, &now, bytes);
     w.looked = true;

@@ -152,7 +152,7 @@ struct Launch {
   void deadlock();
   void finish();
 
-  std::vector<uint64_t> pending_;   // clusters not started, in order
+  std::deque<uint64_t> pending_;    // clusters not started, in order
   size_t resident_ = 0;
   uint64_t stuck_at_ = ~0ull;       // changes when nothing could go on
   int stuck_rounds_ = 0;

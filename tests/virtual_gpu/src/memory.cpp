@@ -105,10 +105,10 @@ const Access *Shadow::writer(const Cell *cell, uint64_t address, unsigned bytes)
   return found;
 }
 
-void Shadow::touch(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor) {
+void Shadow::touch(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor, bool observes) {
   for_cells(cell, address, bytes, [&](Cell &c, uint8_t part, uint64_t at) {
     probe_cell(c, part, write, actor, at);
-    write ? record_write(c, part, actor) : record_read(c, part, actor);
+    write ? record_write(c, part, actor, observes) : record_read(c, part, actor);
   });
 }
 
@@ -224,12 +224,14 @@ void Shadow::record_read(Cell &cell, uint8_t bytes, const Actor &actor) {
   push(overflow(cell), made_by(actor, bytes, false));
 }
 
-void Shadow::record_write(Cell &cell, uint8_t bytes, const Actor &actor) {
+void Shadow::record_write(Cell &cell, uint8_t bytes, const Actor &actor, bool observes) {
   Access now = made_by(actor, bytes, true);
   const auto trim = [&](Access &access) {  // what is overwritten mostly no longer matters
     if (outlives(access, actor)) return;
-    // Atomics need no order among them, so an ordinary access may be ordered behind the later one alone.
-    if (access.lanes && access.flags & actor.flags & kStrong && access.flags & bytes && !happened_before(access, actor.clock, actor)) {
+    // Strong accesses need no order among them, so an ordinary access may be ordered behind the later one alone. That is enough if the
+    // later one is an atomic that tells what it observed (8.9.5): the last to take a ticket may clear the counter.
+    const bool observed = observes && access.flags & kWrite;
+    if (access.lanes && !observed && access.flags & actor.flags & kStrong && access.flags & bytes && !happened_before(access, actor.clock, actor)) {
       if (!same_warp(access, actor) || access.epoch != now.epoch || access.flags != now.flags) return;
       now.lanes |= access.lanes;
     }
@@ -254,7 +256,7 @@ void Shadow::record_write(Cell &cell, uint8_t bytes, const Actor &actor) {
 void GlobalMemory::map(uint64_t address, uint64_t bytes, const std::string &name, bool writable, bool initialised) {
   last_ = nullptr;
   allocations_[address] = {{address, bytes, name}, writable, initialised};
-  reset(address, bytes);
+  reset(address, bytes, initialised);
 }
 
 bool GlobalMemory::unmap(uint64_t address) {
@@ -263,7 +265,7 @@ bool GlobalMemory::unmap(uint64_t address) {
   if (found == allocations_.end()) return false;
   const uint64_t bytes = found->second.bytes;
   allocations_.erase(found);
-  reset(address, bytes);
+  reset(address, bytes, false);
   return true;
 }
 
@@ -292,13 +294,16 @@ std::string beside(uint64_t address, uint64_t bytes, const Range *below, const R
   return ", ending " + std::to_string(behind) + " bytes behind the " + std::to_string(below->bytes) + " bytes of " + below->name;
 }
 
-// Pages are few even where an allocation spans gigabytes: walk what is smaller.
-void GlobalMemory::reset(uint64_t address, uint64_t bytes) {
+// What lies beside the range on its pages stays as it is. Pages are few even where an allocation spans gigabytes: walk what is smaller.
+void GlobalMemory::reset(uint64_t address, uint64_t bytes, bool initialised) {
   const uint64_t first = address >> 12, last = (address + bytes + 4095) >> 12;
   last_page_ = ~0ull;
   const auto drop = [&](auto at) {
-    for (Cell &cell : at->second->cells) shadow_.forget(cell);
-    return pages_.erase(at);
+    const uint64_t base = at->first << 12, begin = std::max(base, address), end = std::min(base + 4096, address + bytes);
+    for (uint64_t cell = begin & ~3ull; cell < end; cell += 4) shadow_.forget(at->second->cells[(cell - base) / 4]);
+    if (begin < end) shadow_.set_valid(&at->second->cells[(begin - base) / 4], begin, (unsigned)(end - begin), initialised);
+    const Allocation *some = below(base + 4095);
+    return some && some->address + some->bytes > base ? std::next(at) : pages_.erase(at);
   };
   if (last - first < pages_.size()) {
     for (uint64_t page = first; page < last; ++page)

@@ -45,7 +45,8 @@ class Shadow {
  public:
   explicit Shadow(bool global) : global_(global) {}
   // One access to bytes [address, address + bytes) whose first cell is `cell`; the cells follow each other.
-  void touch(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor);
+  // observes: an atomic whose result tells what atomics wrote before it.
+  void touch(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor, bool observes = false);
   // The same for asynchronous work: checked when it is issued, recorded when it completes; in between it is in flight.
   void probe(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor);
   void record(Cell *cell, uint64_t address, unsigned bytes, bool write, const Actor &actor);
@@ -68,7 +69,7 @@ class Shadow {
   void probe_cell(Cell &cell, uint8_t bytes, bool write, const Actor &actor, uint64_t address);
   void check(const Access &access, uint8_t bytes, bool write, const Actor &actor, uint64_t address);
   void record_read(Cell &cell, uint8_t bytes, const Actor &actor);
-  void record_write(Cell &cell, uint8_t bytes, const Actor &actor);
+  void record_write(Cell &cell, uint8_t bytes, const Actor &actor, bool observes = false);
   std::vector<Access> &overflow(Cell &cell);
 
   bool global_;
@@ -113,7 +114,7 @@ class GlobalMemory {
     Cell cells[1024];
     uint64_t launch = 0;
   };
-  void reset(uint64_t address, uint64_t bytes);
+  void reset(uint64_t address, uint64_t bytes, bool initialised);
   void initialise(Page &page, uint64_t base, const Allocation &a);
 
   std::map<uint64_t, Allocation> allocations_;

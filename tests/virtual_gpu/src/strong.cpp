@@ -93,17 +93,24 @@ void replace(Warp &w, int lane, const Span &span, unsigned bytes) {
 }
 
 void publish(Warp &w, int lane, const Span &span, int order, int scope, bool atomic) {
-  Published &here = w.launch().strong.published[key_of(w, span)];
+  StrongMemory &strong = w.launch().strong;
+  const uint64_t key = key_of(w, span);
+  const std::pair<uint64_t, uint64_t> own{key, (uint64_t)w.cta->index << 16 | (uint64_t)(w.index * 32 + lane)};
+  Published &here = strong.published[key];
   if (!atomic) here = Published();
   const Lane &l = w.lanes[(size_t)lane];
-  Ref<Clock> wide = l.released, of_cta = l.released_cta;
   if (order == kRelease || order == kAcquireRelease) {
     KnowledgeBuilder all;
     release(w, 1u << lane, all);
-    wide = of_cta = all.clock().freeze();
+    Release &mine = strong.releases[own];
+    mine.of_cta = all.clock().freeze();
+    if (scope != kCtaScope) mine.wide = mine.of_cta;
   }
-  if (scope != kCtaScope) here.clock.join(wide);
-  if (of_cta) here.of_cta[w.cta->index].join(of_cta);
+  const auto found = strong.releases.find(own);
+  for (const Release &r : {Release{l.released, l.released_cta}, found == strong.releases.end() ? Release() : found->second}) {
+    if (scope != kCtaScope) here.clock.join(r.wide);
+    if (r.of_cta) here.of_cta[w.cta->index].join(r.of_cta);
+  }
   here.fenced_shared.join(l.fenced_shared);
   here.fenced_global.join(l.fenced_global);
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "clock.h"
@@ -32,7 +33,13 @@ struct Replaced {
   Published published;       // with the old value
 };
 
+// A thread's last release at a location: its later strong writes there go on with it (8.8).
+struct Release {
+  Ref<Clock> wide, of_cta;
+};
+
 struct StrongMemory {
+  std::map<std::pair<uint64_t, uint64_t>, Release> releases;    // by location and thread
   std::unordered_map<uint64_t, Published> published;            // by location
   std::unordered_map<uint64_t, std::vector<Replaced>> replaced;  // by 16 bytes
   ClockBuilder ordered;                                          // what happened before any fence.sc so far: they have one order
