@@ -172,6 +172,35 @@ def test_what_is_missing_behind_the_kernel_before():
             module.launch("k", args=[x], programmatic=True)
 
 
+WAIT = "griddepcontrol.wait;"
+FIRST, SECOND, THIRD = "st.global.u32 [%x0], %t;", "{} st.global.u32 [%x1], %t;", "{} ld.global{}.u32 %r1, [%x0]; {} st.global.u32 [%x2], %r1;"
+CHAINS = {  # what the second kernel does first, what the third does before it reads and behind, the report
+    "second_and_third_wait": (WAIT, WAIT, "", None),
+    "third_waits_too_late": (WAIT, "", WAIT, "the kernel launched before wrote: no griddepcontrol.wait between them"),
+    "second_does_not_wait": ("", WAIT, "", "a kernel launched before that one wrote: the kernel between them has no griddepcontrol.wait"),
+    "nobody_waits": ("", "", "", "a kernel launched before that one wrote: the kernel between them has no griddepcontrol.wait")}
+
+
+@pytest.mark.parametrize("load", ("", ".nc"))
+@pytest.mark.parametrize("chain", CHAINS)
+def test_chain_of_programmatic_launches(chain, load):
+    """9.7.13.13: a kernel waits for the one before it, and so for the one before that only if that one waited too."""
+    second, before, behind, text = CHAINS[chain]
+    x, y, z = (np.zeros(32, np.uint32) for _ in range(3))
+    gpu = vgpu.Gpu(arch=90)
+    modules = [gpu.module(kernel(body, [x, y, z], arch=90)) for body in (FIRST, SECOND.format(second), THIRD.format(before, load, behind))]
+    with gpu.mapped([("x", x, True, True), ("y", y, True, True), ("z", z, True, True)]):
+        for i, module in enumerate(modules[:2]):
+            module.launch("k", args=[x, y, z], programmatic=i > 0)
+        if text:
+            with pytest.raises(vgpu.Failure, match=text):
+                modules[2].launch("k", args=[x, y, z], programmatic=True)
+        else:
+            modules[2].launch("k", args=[x, y, z], programmatic=True)
+            np.testing.assert_array_equal(z, np.arange(32))
+        modules[2].launch("k", args=[x, y, z])  # an ordinary launch waits for all of them
+
+
 # ------------------------------------------------------------------------------------------------------------ false alarms
 
 GLOBAL_T = np.arange(128)

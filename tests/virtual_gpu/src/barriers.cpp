@@ -398,7 +398,8 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
 
 // griddepcontrol.wait (9.7.13.13): what the launch before did happens before what follows. In truth it has ended already.
 Flow wait_for_primary(Warp &w, Fragment &f, const Inst &) {
-  if (w.launch().after) {
+  w.launch().waited = true;
+  if (w.launch().order.running < w.launch().order.id) {
     KnowledgeBuilder all;
     all.clock().set(kPrimary, 32, 0, 1);
     Knowledge told = all.freeze();

@@ -37,6 +37,7 @@ std::string Launch::who(const Warp &warp, Mask lanes) const {
 
 std::string Launch::who(const Access &access) const {
   if (access.cta == kPrimary) return "the kernel launched before";
+  if (access.cta == kOlder) return "a kernel launched before that one";
   const uint32_t x = access.cta % grid[0], y = access.cta / grid[0] % grid[1], z = access.cta / grid[0] / grid[1];
   const uint32_t warps = (block[0] * block[1] * block[2] + 31) / 32;
   std::string s = "block (" + std::to_string(x) + "," + std::to_string(y) + "," + std::to_string(z) + ") ";

@@ -115,7 +115,8 @@ struct Cluster {
 struct Launch {
   const Program *program = nullptr;
   Options options;
-  uint64_t id = 0, after = 0;  // after: the launch before, if it may still run; then what it did is known behind griddepcontrol.wait
+  LaunchOrder order;
+  bool waited = false;         // some thread executed griddepcontrol.wait
   uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {1, 1, 1};
   uint32_t dynamic_shared = 0, shared_bytes = 0;  // shared_bytes: as on the hardware
   std::vector<Range> shared;   // Program::shared, and how much of it is dynamic
@@ -133,7 +134,7 @@ struct Launch {
   StrongMemory strong;
   std::vector<uint64_t> executions, lane_executions;  // by statement
 
-  Cell *cells(uint64_t address) { return global->cells(address, id, after); }
+  Cell *cells(uint64_t address) { return global->cells(address, order); }
   size_t capacity() const;     // blocks that are resident at once
   void run();
   bool chance(uint32_t one_in) { return random() % one_in == 0; }

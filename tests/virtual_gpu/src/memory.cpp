@@ -62,22 +62,22 @@ void Shadow::forget(Cell &cell) {
   cell.more = 0;
 }
 
-void Shadow::keep_as_primary(Cell &cell) {
+void Shadow::keep_as(Cell &cell, uint32_t own, uint32_t earlier) {
   Access write = cell.write, read = cell.read;
   if (cell.more)
     for (const Access &a : overflow_[cell.more - 1]) (a.flags & kWrite ? write : read) = a;
   forget(cell);
-  const auto primary = [](const Access &a) {
+  const auto kept = [&](const Access &a) {
     Access p;
     if (!a.lanes) return p;
-    p.cta = kPrimary;
+    p.cta = a.cta == kOlder ? kOlder : a.cta == kPrimary ? earlier : own;
     p.lanes = 1;
     p.epoch = 1;
     p.flags = (uint8_t)(kBytes | (a.flags & (kWrite | kAsyncProxy)));
     return p;
   };
-  cell.write = primary(write);
-  cell.read = primary(read);
+  cell.write = kept(write);
+  cell.read = kept(read);
 }
 
 bool Shadow::valid(const Cell *cell, uint64_t address, unsigned bytes) const {
@@ -97,10 +97,10 @@ void Shadow::set_constant(Cell *cell, uint64_t address, unsigned bytes) {
 const Access *Shadow::writer(const Cell *cell, uint64_t address, unsigned bytes) const {
   const Access *found = nullptr;
   for_cells(const_cast<Cell *>(cell), address, bytes, [&](Cell &c, uint8_t part, uint64_t) {
-    if (c.write.lanes && c.write.flags & part) found = &c.write;
+    if (c.write.lanes && c.write.flags & part && c.write.cta < kOlder) found = &c.write;
     if (c.more)
       for (const Access &access : overflow_[c.more - 1])
-        if (access.flags & kWrite && access.flags & part) found = &access;
+        if (access.flags & kWrite && access.flags & part && access.cta < kOlder) found = &access;
   });
   return found;
 }
@@ -132,6 +132,7 @@ namespace {
 // What could order two accesses that race.
 std::string missing(const Access &access, const Actor &actor, bool global) {
   if (access.cta == kPrimary) return "no griddepcontrol.wait between them";
+  if (access.cta == kOlder) return "the kernel between them has no griddepcontrol.wait";
   const bool threads = actor.row < actor.warp->cta->warps.size();
   if (access.cta == actor.cta) return access.warp == actor.row && threads ? "no __syncwarp between them" : "no barrier between them";
   const uint32_t *cluster = actor.launch->cluster;
@@ -319,10 +320,10 @@ void GlobalMemory::initialise(Page &page, uint64_t base, const Allocation &a) {
 }
 
 void GlobalMemory::set_initialised(uint64_t address, uint64_t bytes) {
-  by_page(address, bytes, [&](uint64_t at, uint32_t n) { shadow_.set_valid(cells(at, 0), at, n, true); });
+  by_page(address, bytes, [&](uint64_t at, uint32_t n) { shadow_.set_valid(cells(at), at, n, true); });
 }
 
-Cell *GlobalMemory::cells(uint64_t address, uint64_t launch, uint64_t after) {
+Cell *GlobalMemory::cells(uint64_t address, const LaunchOrder &order) {
   const uint64_t number = address >> 12;
   if (number != last_page_) {
     std::unique_ptr<Page> &page = pages_[number];
@@ -336,10 +337,11 @@ Cell *GlobalMemory::cells(uint64_t address, uint64_t launch, uint64_t after) {
     last_page_ = number;
     last_page_data_ = page.get();
   }
-  if (launch && last_page_data_->launch != launch) {  // launches follow each other: what an earlier one did is ordered
-    const bool kept = after && last_page_data_->launch == after;
-    for (Cell &cell : last_page_data_->cells) kept ? shadow_.keep_as_primary(cell) : shadow_.forget(cell);
-    last_page_data_->launch = launch;
+  uint64_t &last = last_page_data_->launch;
+  if (order.id && last != order.id) {  // launches follow each other: what an earlier one did is ordered, but for those that may still run
+    const uint32_t own = last >= order.waited_for ? kPrimary : kOlder, earlier = last > order.waited_for ? kPrimary : kOlder;
+    for (Cell &cell : last_page_data_->cells) last >= order.running ? shadow_.keep_as(cell, own, earlier) : shadow_.forget(cell);
+    last = order.id;
   }
   return &last_page_data_->cells[(address & 4095) / 4];
 }

@@ -37,8 +37,15 @@ struct Cell {
   uint16_t reads_in_flight = 0, writes_in_flight = 0;
 };
 
-// Stands for all blocks of the launch before, if this one was allowed to start before its end (griddepcontrol).
-constexpr uint32_t kPrimary = 0xffffffff;
+// Stand for all blocks of launches before this one, if it was allowed to start before their end (griddepcontrol): of those that have
+// ended behind its griddepcontrol.wait, and of earlier ones that may run even then, for the launch between did not wait.
+constexpr uint32_t kPrimary = 0xffffffff, kOlder = 0xfffffffe;
+
+// Which launch asks for cells (0: the host), the first one that may still run when it starts, and the first one that has ended
+// behind its griddepcontrol.wait. Both are the launch itself if it starts behind the end of all others.
+struct LaunchOrder {
+  uint64_t id = 0, running = 0, waited_for = 0;
+};
 
 // The part of the checks that shared and global memory have in common.
 class Shadow {
@@ -63,7 +70,7 @@ class Shadow {
   }
   void set_constant(Cell *cell, uint64_t address, unsigned bytes);  // it may not be written in this launch
   void forget(Cell &cell);  // the accesses, not the validity
-  void keep_as_primary(Cell &cell);
+  void keep_as(Cell &cell, uint32_t own, uint32_t earlier);  // what the launch did as by these blocks, and what it knew of as kPrimary
 
  private:
   void probe_cell(Cell &cell, uint8_t bytes, bool write, const Actor &actor, uint64_t address);
@@ -103,9 +110,7 @@ class GlobalMemory {
   const Allocation *find(uint64_t address) const;
   const Allocation *below(uint64_t address) const;  // the last one that begins there or before
   const Allocation *above(uint64_t address) const;  // and the first one behind
-  // The cell of an address; a page is 4096 bytes. launch: which one asks (0: the host); after: the earlier launch that may
-  // still run (0: none), whose accesses are kept as those of block kPrimary.
-  Cell *cells(uint64_t address, uint64_t launch, uint64_t after = 0);
+  Cell *cells(uint64_t address, const LaunchOrder &order = {});  // a page is 4096 bytes
   void set_initialised(uint64_t address, uint64_t bytes);  // by the host
   Shadow &shadow() { return shadow_; }
 

@@ -95,9 +95,12 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
   Launch launch;
   launch.program = program;
   launch.options = options;
-  launch.id = ++launches;
+  launch.order.id = launch.order.running = launch.order.waited_for = ++launches;
   launch.random.seed(options.seed * 0x9e3779b97f4a7c15 + ++since_clear);  // what ran before vgpu_clear changes no schedule
-  if (shape.programmatic) launch.after = launch.id - 1;
+  if (shape.programmatic && launches > 1) {  // 9.7.13.13: the wait is for the launch before, and so for what that one waited for
+    launch.order.running = last.running;
+    launch.order.waited_for = last_waited ? last.waited_for : last.id;
+  }
   launch.global = &memory;
   launch.reports = &reports;
   const uint64_t limits[3] = {0x7fffffff, 65535, 65535};
@@ -145,6 +148,8 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
     memory.map(launch.workspace, sizeof(barrier), "the barrier of the grid", true, true);
   }
   launch.run();
+  last = launch.order;
+  last_waited = launch.waited;
   if (shape.cooperative) memory.unmap(launch.workspace);
   counters.push_back(launch.counters);
   return true;

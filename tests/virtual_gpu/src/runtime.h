@@ -44,6 +44,8 @@ struct Device {
   Reports reports;
   std::vector<Counters> counters;
   uint64_t launches = 0, since_clear = 0;
+  LaunchOrder last;         // the launch before
+  bool last_waited = false;
   std::vector<std::unique_ptr<FatBinary>> binaries;
   std::map<const void *, Function> functions;
   std::string error;  // why the last launch or load failed
