@@ -217,3 +217,21 @@ def test_indices(grid, block):
     full = (1 << np.minimum(size - t // 32 * 32, 32)) - 1  # the lanes of the thread's warp
     for i, value in enumerate((lane, t // 32, -(-size // 32), full, bit - 1, 2 * bit - 1, bit, 2**32 - bit, 2**32 - 2 * bit)):
         assert (out[:, :, 8 + i] == value).all(), i
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("poll, ends", [
+    ("ld.volatile.global.u32 %r1, [%a0]; add.u32 %r2, %r2, 1; setp.lt.u32 %p1, %r2, 1000;", True),
+    ("atom.global.cas.b32 %r1, [%a0], 5, 6; add.u32 %r2, %r2, 1; setp.lt.u32 %p1, %r2, 1000;", True),
+    ("mov.u64 %l2, %clock64; nanosleep.u32 20; sub.u64 %l3, %l2, %l1; setp.lt.u64 %p1, %l3, 20000;", True),
+    ("ld.volatile.global.u32 %r1, [%a0]; add.u32 %r2, %r2, 1; setp.eq.u32 %p1, %r1, 0;", False),
+    ("ld.volatile.global.u32 %r1, [%a0]; setp.eq.u32 %p1, %r1, 0;", False)])
+def test_polls_that_end_by_themselves(poll, ends, seed):
+    """A loop that gives up after so many tries or so much time is no deadlock; one that only memory could end is, counting or not."""
+    body = f"mov.u32 %r2, 0; mov.u64 %l1, %clock64;\nagain: {poll}\n@%p1 bra again; // caught\nst.global.u32 [%x1], 1;"
+    x, out = np.zeros(1, np.uint32), np.zeros(64, np.uint32)
+    if ends:
+        run(body, x, out, block=64, seed=seed)
+        assert out.all()
+    else:
+        caught("deadlock", body.replace(" // caught", "").replace("\n@%p1", " @%p1").replace(poll, poll + " // caught\n"), x, out, block=64, seed=seed)

@@ -105,7 +105,7 @@ def test_atomics_see_the_newest(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_other_sizes_are_coherent(seed):
-    """A thread that saw one half of a 64-bit value sees the other half too, and the whole."""
+    """The ISA promises nothing where sizes differ (8.7.2); here a thread that saw one half of a value sees the other half and the whole."""
     body = """setp.ne.u32 %p0, %b, 0;
 @%p0 bra reader;
 mov.u64 %l0, 0x500000006;

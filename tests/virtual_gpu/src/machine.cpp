@@ -492,6 +492,15 @@ void Launch::step(Warp &warp, Fragment &f) {
   }
 }
 
+uint64_t Launch::registers() const {
+  uint64_t hash = 0;
+  for (const auto &c : clusters)
+    for (const auto &cta : c->ctas)
+      for (const auto &warp : cta->warps)
+        for (const uint32_t unit : warp->units) hash = (hash ^ unit) * 0x100000001b3;
+  return hash;
+}
+
 // Nothing can go on by itself: late work completes, diverged lanes stop waiting for each other, those who poll look again.
 bool Launch::unstick() {
   if (complete_some(*this)) return true;
@@ -504,7 +513,11 @@ bool Launch::unstick() {
     stuck_at_ = changes;
     stuck_rounds_ = 0;
   }
-  if (++stuck_rounds_ <= 64)
+  // Polls that count their tries or watch a clock end by themselves: more rounds if registers still change.
+  ++stuck_rounds_;
+  if (stuck_rounds_ == 63) registers_ = registers();
+  if (stuck_rounds_ == 64) counting_ = registers_ != registers();
+  if (stuck_rounds_ < 64 || (counting_ && stuck_rounds_ < 20000))
     for (auto &c : clusters)
       for (auto &cta : c->ctas)
         for (auto &warp : cta->warps)

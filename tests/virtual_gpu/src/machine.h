@@ -150,6 +150,7 @@ struct Launch {
   void start();
   void step(Warp &warp, Fragment &fragment);
   bool unstick();
+  uint64_t registers() const;
   void deadlock();
   void finish();
 
@@ -157,6 +158,8 @@ struct Launch {
   size_t resident_ = 0;
   uint64_t stuck_at_ = ~0ull;       // changes when nothing could go on
   int stuck_rounds_ = 0;
+  uint64_t registers_ = 0;          // their hash in an earlier round
+  bool counting_ = false;           // they change from round to round
 };
 
 // What reports and clocks need to know of an access.
