@@ -294,3 +294,17 @@ def test_barrier_numbers_and_counts():
            variables=".shared .align 8 .b8 never[16];")
     caught("uninitialised", "mov.u32 %r2, never; ld.shared.u32 %r1, [%r2];\nmbarrier.init.shared.b64 [%r2+8], %r1; // caught",
            block=1, also=[("mbarrier", 2)], variables=".shared .align 8 .b8 never[16];")
+
+
+@pytest.mark.parametrize("meeting", ("bar.sync 0;", "bar.warp.sync -1;"))
+def test_a_deadlock_is_placed_where_a_lane_polls(meeting):
+    """The other lanes would meet, but for what one of them waits for in vain."""
+    caught("deadlock", f"setp.ne.u32 %p1, %lane, 0; @%p1 bra meet;\npoll: ld.volatile.global.u32 %r1, [%a0]; setp.eq.u32 %p2, %r1, 0; // caught\n"
+           f"@%p2 bra poll;\nmeet: {meeting}", np.zeros(1, np.uint32))
+
+
+def test_a_race_names_another_lane():
+    reports = caught("race", "and.b32 %r1, %lane, 1; mad.wide.u32 %l1, %r1, 4, %a0;\nld.global.u32 %r2, [%l1];\nst.global.u32 [%l1], %r2; // caught",
+                     np.zeros(2, np.uint32), block=4)
+    threads = [int(part.split()[0]) for part in f"{reports[0]['thread']} {reports[0]['text']}".split("thread ")[1:]]
+    assert len(set(threads)) == 2, reports[0]

@@ -534,17 +534,18 @@ void Launch::deadlock() {
   std::string text = "nothing can go on:";
   const Inst *first = nullptr;
   const Warp *first_warp = nullptr;
-  int shown = 0;
-  bool divergent = false;  // some lanes of a warp wait for others at a collective
+  int shown = 0, most = 0, first_lane = 0;
   for (auto &c : clusters)
     for (auto &cta : c->ctas)
       for (auto &warp : cta->warps)
         for (const Fragment &f : warp->fragments) {
           if (!f.mask) continue;
           const Inst &in = program->code[f.pc];
-          const bool collective = f.state == Fragment::kWaiting && f.wait.kind == WaitFor::kCollective;
-          if (!first || (collective && !divergent)) first = &in, first_warp = warp.get();
-          divergent |= collective;
+          const bool polled_for = std::any_of(warp->fragments.begin(), warp->fragments.end(),  // the others would come, but for what they poll
+                                              [](const Fragment &other) { return other.mask && other.state == Fragment::kPolling; });
+          const bool collective = f.state == Fragment::kWaiting && f.wait.kind == WaitFor::kCollective && !polled_for;
+          const int tells = collective ? 3 : f.state == Fragment::kPolling ? 2 : 1;  // how much its place says of the cause
+          if (tells > most) most = tells, first = &in, first_warp = warp.get(), first_lane = __builtin_ctz(f.mask);
           if (++shown > 24) continue;
           text += "\n  " + who(*warp, f.mask) + (f.state == Fragment::kPolling ? " polls near " : " waits at ") + program->where(in) + ": " +
                   (in.statement ? in.statement->text.substr(0, 80) : "");
@@ -557,7 +558,7 @@ void Launch::deadlock() {
                   std::to_string(b.phase) + " lacks " + std::to_string(b.pending) + " of " + std::to_string(b.count) + " arrivals and " +
                   std::to_string(b.transactions) + " bytes";
   if (shown > 24) text += "\n  ..";
-  report(divergent ? "divergent-collective" : "deadlock", first_warp, 0, first, text);
+  report(most == 3 ? "divergent-collective" : "deadlock", first_warp, first_lane, first, text);
 }
 
 void Launch::finish() {

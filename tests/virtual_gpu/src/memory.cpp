@@ -146,9 +146,11 @@ inline void Shadow::check(const Access &access, uint8_t bytes, bool write, const
   if (!(access.flags & bytes) || !access.lanes) return;
   if (access.flags & actor.flags & kStrong && (access.cta == actor.cta || !((access.flags | actor.flags) & kBlockScope))) return;
   if (!happened_before(access, actor.clock, actor)) {
+    Access other = access;
+    if (access.cta == actor.cta && access.warp == actor.row) other.lanes &= ~actor.lanes;
     actor.launch->report("race", actor.warp, __builtin_ctz(actor.lanes), actor.inst,
                          std::string(write ? "writes " : "reads ") + actor.launch->place(address, global_) + ", which " +
-                             actor.launch->who(access) + (access.flags & kWrite ? " wrote" : " read") + ": " + missing(access, actor, global_));
+                             actor.launch->who(other) + (access.flags & kWrite ? " wrote" : " read") + ": " + missing(access, actor, global_));
     return;
   }
   // An ordinary write is visible to the async proxy only behind a proxy fence (PTX ISA 8 "Memory Consistency Model": proxies).
