@@ -55,7 +55,7 @@ void **__cudaRegisterFatBinary(void *wrapper) {
   for (const std::string &ptx : vgpu::ptx_of_fat_binary(((const Wrapper *)wrapper)->data)) {
     try {
       binary->modules.push_back(device().load(ptx));
-    } catch (const std::runtime_error &e) {
+    } catch (const std::exception &e) {
       fprintf(stderr, "virtual GPU: %s\n", e.what());
       abort();  // the library cannot be loaded
     }

@@ -87,6 +87,7 @@ class Parser {
       } else if (word == ".target") {
         next();
         const std::string arch = next();
+        if (arch.rfind("sm_", 0)) fail("not a target");
         module_->target = atoi(arch.c_str() + 3);
         module_->arch_specific = arch.back() == 'a';
         while (accept(",")) next();
@@ -129,7 +130,10 @@ class Parser {
 
   const std::string &peek() const { return tokens_[at_].text; }
   bool at(const char *s) const { return peek() == s; }
-  const std::string &next() { return tokens_[at_ + 1 < tokens_.size() ? at_++ : at_].text; }
+  const std::string &next() {
+    if (at_ + 1 == tokens_.size()) fail("the text ends here");
+    return tokens_[at_++].text;
+  }
   bool accept(const char *s) { return at(s) ? (next(), true) : false; }
   void expect(const char *s) {
     if (!accept(s)) fail((std::string("expected ") + s).c_str());
@@ -179,6 +183,7 @@ class Parser {
       const bool list = accept("{");
       do {
         const bool minus = accept("-");
+        if (!isdigit((unsigned char)peek()[0])) fail(("the variable " + v.name + " is initialised with an address, which is not covered").c_str());
         const int64_t value = number(next()) * (minus ? -1 : 1);
         for (uint64_t i = 0; i < element; ++i) v.initial.push_back((uint8_t)(value >> (8 * i)));
       } while (list && accept(","));
@@ -350,7 +355,7 @@ class Parser {
       for (const Operand &e : o.elements) passed.push_back(e.symbol);
     }
     const auto found = functions_.find(name);
-    if (found == functions_.end() || found->second.open || passed.size() != found->second.params.size()) return false;
+    if (call.parts.size() > 1 + (size_t)call.has("uni") || found == functions_.end() || found->second.open || passed.size() != found->second.params.size()) return false;
     Function &f = found->second;
     std::vector<int> open{(int)scopes_.size()}, returns;
     scopes_.emplace_back();
@@ -383,11 +388,11 @@ class Parser {
     Scope &scope = scopes_[(size_t)open_.back()];
     do {
       const std::string name = next();
-      int count = -1;
       if (accept("<")) {
-        count = (int)number(next());
+        const int64_t count = number(next());
+        if (count < 0 || count > 1 << 20) fail("too many registers");
         expect(">");
-        for (int i = 0; i < count; ++i) scope.registers[name + std::to_string(i)] = add_register(name + std::to_string(i), kind, bytes == 2);
+        for (int64_t i = 0; i < count; ++i) scope.registers[name + std::to_string(i)] = add_register(name + std::to_string(i), kind, bytes == 2);
       } else {
         scope.registers[name] = add_register(name, kind, bytes == 2);
       }
@@ -446,7 +451,7 @@ class Parser {
     if (accept("@")) {
       s.guard_negated = accept("!");
       s.guard = find_register(next());
-      if (s.guard < 0) fail("an unknown guard");
+      if (s.guard < 0 || kernel_->registers[(size_t)s.guard].kind != Register::kPredicate) fail("the guard is not a predicate");
     }
     s.parts = split_dots(next());
     s.location = location_;
@@ -466,10 +471,10 @@ class Parser {
     s.text = text_.substr(tokens_[first].begin, tokens_[at_ - 1].begin - tokens_[first].begin);
     if (s.parts[0] == "call" && s.guard < 0 && inline_call(s)) return;
     if (returns_ && s.parts[0] == "ret") {
-      s.parts = {"bra"};
+      s.parts[0] = "bra";
       returns_->push_back((int)kernel_->statements.size());
-    } else if (s.parts[0] == "bra") {
-      jumps_.push_back({(int)kernel_->statements.size(), {s.operands.at(0).symbol, open_}});
+    } else if (s.parts[0] == "bra" && !s.operands.empty()) {
+      jumps_.push_back({(int)kernel_->statements.size(), {s.operands[0].symbol, open_}});
     }
     for (const Operand &o : s.operands)  // what is passed is local memory; a kernel's own parameters are not
       if ((s.parts[0] == "ld" || s.parts[0] == "st") && o.kind == Operand::kAddress && (returns_ || is_variable(o.symbol)))

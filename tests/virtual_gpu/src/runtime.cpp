@@ -85,7 +85,7 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
   Program *program;
   try {
     program = loaded.program(function.name);
-  } catch (const std::runtime_error &e) {
+  } catch (const std::exception &e) {
     return refuse(e.what());
   }
   if (!program) return refuse("there is no such kernel for this architecture");
@@ -207,7 +207,7 @@ VGPU_API const char *vgpu_error() { return device().error.c_str(); }
 VGPU_API void *vgpu_load(const char *ptx) {
   try {
     return device().load(ptx).release();
-  } catch (const std::runtime_error &e) {
+  } catch (const std::exception &e) {
     device().error = e.what();
     return nullptr;
   }
@@ -244,7 +244,7 @@ VGPU_API const char *vgpu_describe(void *module) {
     const vgpu::Program *p;
     try {
       p = loaded.program(kernel->name);
-    } catch (const std::runtime_error &e) {
+    } catch (const std::exception &e) {
       device().error = e.what();
       return nullptr;
     }
