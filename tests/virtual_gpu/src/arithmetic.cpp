@@ -586,7 +586,7 @@ bool decode_arithmetic(Decoder &d, const Statement &s, Inst &in) {
   const Operand &to = s.operands[0];
   const bool predicate = plan.destination == Type::kPred, pair = to.kind == Operand::kVector;
   if (pair ? !predicate || !plan.two || to.elements.size() != 2 : !predicate && !fits(d, to, plan.destination)) return false;
-  d.destination(to);
+  d.destination(to, plan.destination);
   if (plan.two && !pair) d.destination(Operand());
   for (size_t i = 0; i < plan.sources.size(); ++i) {
     const Operand &o = s.operands[1 + i];

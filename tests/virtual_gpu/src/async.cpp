@@ -399,34 +399,31 @@ void async_at_cta_exit(Cta &cta) {
 }
 
 bool decode_async(Decoder &d, const Statement &s, Inst &in) {
-  if (s.parts[0] != "cp" || s.parts.at(1) != "async" || s.has("bulk")) return false;
+  if (s.parts[0] != "cp" || s.has("bulk")) return false;
   in.klass = Class::kAsync;
   if (s.has("commit_group")) {
     in.exec = commit;
     return true;
   }
   if (s.has("wait_group") || s.has("wait_all")) {
-    in.c = s.has("wait_all") ? -1 : (int)s.operands.at(0).immediate;
+    in.c = s.has("wait_all") ? -1 : (int)s.operands[0].immediate;
     in.exec = wait_group;
     return true;
   }
   if (s.has("mbarrier")) {
     in.a = s.has("noinc");
-    d.address(s.operands.at(0), in);
+    d.address(s.operands[0], in);
     in.exec = mbarrier_arrive_copies;
     return true;
   }
-  if (s.operands.size() < 3) return false;
   Inst source;
   d.address(s.operands[0], in);
   d.address(s.operands[1], source);
   in.b = source.d;
   in.a = (int)source.offset;
   in.c = (int)s.operands[2].immediate;
-  // A cache policy (64-bit) may follow; a predicate (ignore-src) is not covered.
-  const size_t extra = s.operands.size() - 3 - (s.has("L2::cache_hint") ? 1 : 0);
-  if (extra > 1 || s.operands[2].kind != Operand::kImmediate || (in.c != 4 && in.c != 8 && in.c != 16)) return false;
-  if (extra == 1) {
+  if (in.c != 16 && (s.has("cg") || (in.c != 4 && in.c != 8))) return false;
+  if (s.operands.size() > 3 + (size_t)s.has("L2::cache_hint")) {  // a cache policy may follow
     in.type2 = Type::kU32;
     d.source(s.operands[3], Type::kU32);
   }

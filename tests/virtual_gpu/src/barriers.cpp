@@ -476,7 +476,6 @@ bool decode_barrier(Decoder &d, const Statement &s, Inst &in) {
   if (op == "membar" || op == "fence") {
     in.klass = Class::kAtomic;
     const bool proxy = s.has("proxy");
-    if (proxy && (s.has("tensormap::generic") || s.has("alias") || s.parts.back().rfind("async::generic", 0) == 0)) return false;
     in.a = proxy ? 2 : s.has("mbarrier_init") ? 3 : s.has("cta") ? 0 : 1;
     in.b = !proxy ? op == "membar" || s.has("sc") : s.parts.back() == "async" ? 3 : s.parts.back() == "global" ? 2 : 1;
     in.exec = fence;
@@ -489,7 +488,7 @@ bool decode_barrier(Decoder &d, const Statement &s, Inst &in) {
       return true;
     }
     if (op == "setmaxnreg") {
-      const int64_t n = s.operands.at(0).immediate;
+      const int64_t n = s.operands[0].immediate;
       if (n < 24 || n > 256 || n % 8) return false;
     }
     in.control = op == "nanosleep" ? pause : nothing;
@@ -497,7 +496,6 @@ bool decode_barrier(Decoder &d, const Statement &s, Inst &in) {
   }
   if ((op == "bar" || op == "barrier") && s.has("cluster")) {
     in.a = s.has("wait");
-    if (!in.a && !s.has("arrive")) return false;
     in.b = s.has("relaxed");
     in.c = s.has("aligned");
     in.control = cluster_barrier;
@@ -508,46 +506,35 @@ bool decode_barrier(Decoder &d, const Statement &s, Inst &in) {
     in.b = s.has("red") ? (s.has("and") ? 0 : s.has("or") ? 1 : 2) : -1;
     in.c = op == "bar" || s.has("aligned");
     size_t i = 0;
-    if (in.b >= 0) d.destination(s.operands.at(i++));
-    const size_t left = s.operands.size() - i - (in.b >= 0 ? 1 : 0);
-    if (left < 1 || left > 2) return false;
+    if (in.b >= 0) d.destination(s.operands[i++], in.b == 2 ? Type::kB32 : Type::kPred);
     d.source(s.operands[i++], Type::kB32);
-    in.d = left == 2;
+    in.d = s.operands.size() - i - (in.b >= 0) > 0;
     if (in.d) d.source(s.operands[i++], Type::kB32);
     if (in.b >= 0) d.predicate(s.operands[i]);
     in.control = named_barrier;
     return true;
   }
   if (op != "mbarrier") return false;
-  if (s.has("noComplete")) return false;
   in.b = s.has("relaxed");
   if (s.has("init") || s.has("inval")) {
     in.a = s.has("inval");
-    d.address(s.operands.at(0), in);
-    if (!in.a) d.source(s.operands.at(1), Type::kB32);
+    d.address(s.operands[0], in);
+    if (!in.a) d.source(s.operands[1], Type::kB32);
     in.control = mbarrier_object;
   } else if (s.has("test_wait") || s.has("try_wait")) {
     in.a = s.has("parity");
-    d.destination(s.operands.at(0));
-    if (s.operands[0].kind != Operand::kRegister) return false;
-    d.address(s.operands.at(1), in);
-    d.source(s.operands.at(2), in.a ? Type::kB32 : Type::kB64);
+    d.destination(s.operands[0], Type::kPred);
+    d.address(s.operands[1], in);
+    d.source(s.operands[2], in.a ? Type::kB32 : Type::kB64);
     in.control = mbarrier_wait;
-  } else if (s.has("arrive") || s.has("expect_tx") || s.has("complete_tx")) {
+  } else {
     in.a = s.has("arrive") ? s.has("expect_tx") : s.has("expect_tx") ? 2 : 3;
     size_t i = 0;
-    if (s.operands.at(0).kind == Operand::kAddress) {
-      d.destination(Operand());
-    } else {
-      d.destination(s.operands[i++]);
-    }
-    d.address(s.operands.at(i++), in);
+    d.destination(s.has("arrive") ? s.operands[i++] : Operand(), Type::kB64);
+    d.address(s.operands[i++], in);
     in.c = i < s.operands.size() ? 2 : -1;
     if (in.c >= 0) d.source(s.operands[i], Type::kB32);
-    if (in.a && in.c < 0) return false;
     in.control = mbarrier_signal;
-  } else {
-    return false;
   }
   return true;
 }

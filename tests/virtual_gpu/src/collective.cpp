@@ -210,32 +210,28 @@ bool decode_collective(Decoder &d, const Statement &s, Inst &in) {
     throw Decoder::Uncovered();
   };
   const auto pair = [&](const Operand &o) {  // d|p, or d alone
-    if (o.kind == Operand::kVector && o.pair) {
-      d.destination(o);
-    } else {
-      d.destination(o);
-      d.destination(Operand());
-    }
+    d.destination(o.pair ? o.elements[0] : o);
+    d.destination(o.pair ? o.elements[1] : Operand(), Type::kPred);
   };
   if (op == "activemask") {
-    d.destination(s.operands.at(0));
+    d.destination(s.operands[0]);
     in.exec = activemask;
     return true;
   }
-  if (op == "shfl" && s.has("sync") && s.operands.size() == 5) {
+  if (op == "shfl") {
     in.a = choose({"up", "down", "bfly", "idx"});
     in.c = kShfl;
     pair(s.operands[0]);
     for (size_t i = 1; i < 5; ++i) d.source(s.operands[i], Type::kB32);
     in.d = 5;
-  } else if (op == "vote" && s.has("sync") && s.operands.size() == 3) {
+  } else if (op == "vote") {
     in.a = choose({"all", "any", "uni", "ballot"});
     in.c = kVote;
-    d.destination(s.operands[0]);
+    d.destination(s.operands[0], in.a == 3 ? Type::kB32 : Type::kPred);
     d.predicate(s.operands[1]);
     d.source(s.operands[2], Type::kB32);
     in.d = 2;
-  } else if (op == "match" && s.has("sync") && s.operands.size() == 3) {
+  } else if (op == "match") {
     in.a = choose({"any", "all"});
     in.b = s.has("b64");
     in.c = kMatch;
@@ -243,7 +239,7 @@ bool decode_collective(Decoder &d, const Statement &s, Inst &in) {
     d.source(s.operands[1], last_type(s));
     d.source(s.operands[2], Type::kB32);
     in.d = 3;
-  } else if (op == "redux" && s.has("sync") && s.operands.size() == 3 && !s.has("f32")) {
+  } else if (op == "redux") {
     in.a = choose({"add", "min", "max", "and", "or", "xor"});
     in.type = last_type(s);
     in.c = kRedux;
@@ -251,12 +247,12 @@ bool decode_collective(Decoder &d, const Statement &s, Inst &in) {
     d.source(s.operands[1], Type::kB32);
     d.source(s.operands[2], Type::kB32);
     in.d = 2;
-  } else if (op == "elect" && s.operands.size() == 2) {
+  } else if (op == "elect") {
     in.c = kElect;
     pair(s.operands[0]);
     d.source(s.operands[1], Type::kB32);
     in.d = 2;
-  } else if (op == "bar" && s.has("warp") && s.operands.size() == 1) {
+  } else if (op == "bar" && s.has("warp")) {
     in.c = kSyncWarp;
     d.source(s.operands[0], Type::kB32);
     in.d = 0;

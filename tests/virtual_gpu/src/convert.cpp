@@ -173,7 +173,7 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
       return plain ? cvt_single<T, 1, true> : cvt_single<T, 1, false>;
     };
     in.exec = in.type == Type::kF16x2 || in.type == Type::kF16 ? choose(Tag<F16>()) : choose(Tag<BF16>());
-    d.destination(to);
+    d.destination(to, in.type);
     for (size_t i = 1; i < s.operands.size(); ++i) {
       if (!fits(d, s.operands[i], Type::kF32)) return false;
       d.source(s.operands[i], Type::kF32);
@@ -203,8 +203,8 @@ bool decode_cvt(Decoder &d, const Statement &s, Inst &in) {
     if (in.type == Type::kF64 && type_bytes(in.type2) == 8 && is_integer(in.type2) && in.b) return false;  // not exact before
     in.exec = cvt_to_real;
   }
-  d.destination(to);
-  d.source(from, in.type2);
+  d.destination(to, d.wide(to) ? Type::kB64 : d.narrow(to) ? Type::kB16 : Type::kB32);
+  d.source(from, d.wide(from) ? Type::kB64 : in.type2);
   return true;
 }
 
@@ -251,7 +251,7 @@ bool decode_mov(Decoder &d, const Statement &s, Inst &in) {
   if (t == Type::kPred) {
     if (unpacks || packs) return false;
     in.exec = move_predicate;
-    d.destination(to);
+    d.destination(to, Type::kPred);
     predicate_source(d, from, in, 1);
     return true;
   }
@@ -271,7 +271,7 @@ bool decode_mov(Decoder &d, const Statement &s, Inst &in) {
     in.exec = wide ? move<uint64_t> : type_bytes(t) >= 2 ? move<uint32_t> : nullptr;
   }
   if (!in.exec || (!unpacks && !fits(d, to, t)) || (!packs && !fits(d, from, t))) return false;
-  d.destination(to);
+  d.destination(to, to_type);
   d.source(from, from_type);
   return true;
 }

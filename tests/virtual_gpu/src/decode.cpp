@@ -306,14 +306,25 @@ bool Decoder::wide(const Operand &o) const {
   return o.kind == Operand::kRegister && program_.kernel->registers[(size_t)o.reg].kind == Register::k64;
 }
 
-void Decoder::destination(const Operand &o) {
+bool Decoder::special(const Operand &o, const char *name) const {
+  return o.kind == Operand::kRegister && program_.kernel->registers[(size_t)o.reg].kind == Register::kSpecial &&
+         program_.kernel->registers[(size_t)o.reg].name == name;
+}
+
+bool Decoder::fits(const Register &r, Type type) const {
+  const int bytes = type_bytes(type);
+  return (r.kind == Register::kPredicate) == (type == Type::kPred) && (r.kind == Register::k64) == (bytes == 8) && !(r.narrow && bytes > 2);
+}
+
+void Decoder::destination(const Operand &o, Type type) {
   if (o.kind == Operand::kSink) {
     operands_.push_back(kNoSlot);
   } else if (o.kind == Operand::kVector) {
-    for (const Operand &e : o.elements) destination(e);
-  } else if (o.kind == Operand::kRegister && program_.kernel->registers[(size_t)o.reg].kind != Register::kSpecial) {
+    for (const Operand &e : o.elements) destination(e, type);
+  } else if (o.kind == Operand::kRegister && !o.negated && program_.kernel->registers[(size_t)o.reg].kind != Register::kSpecial) {
+    if (!fits(program_.kernel->registers[(size_t)o.reg], type)) throw Uncovered();
     operands_.push_back(slot_of(o.reg));
-    if (program_.kernel->registers[(size_t)o.reg].kind != Register::kPredicate) defined_.push_back(slot_of(o.reg));
+    if (type != Type::kPred) defined_.push_back(slot_of(o.reg));
   } else {
     throw Uncovered();
   }
@@ -324,6 +335,7 @@ void Decoder::source(const Operand &o, Type type) {
     for (const Operand &e : o.elements) source(e, type);
   } else if (o.kind == Operand::kRegister && !o.negated) {
     const Register &r = program_.kernel->registers[(size_t)o.reg];
+    if (!fits(r, type)) throw Uncovered();
     operands_.push_back(r.kind == Register::kSpecial ? special(r.name) : slot_of(o.reg));
     if (r.kind == Register::k32 || r.kind == Register::k64) used_.push_back(slot_of(o.reg));
   } else if (o.kind == Operand::kImmediate && o.real) {
@@ -415,10 +427,10 @@ bool decode_control(Decoder &d, const Statement &s, Inst &in) {
   const std::string &op = s.parts[0];
   if (op == "bra") {
     in.target = (uint32_t)s.target;
-    return true;
+    return s.target >= 0;
   }
   if (op == "call" && s.operands[0].symbol == "__assertfail") {
-    d.source(s.operands.at(1), Type::kU64);
+    d.source(s.operands[1], Type::kU64);
     in.control = assertion_failed;
     return true;
   }
@@ -449,7 +461,7 @@ void Decoder::run() {
       in = Inst();
       operands_.clear(), defined_.clear(), used_.clear();
       try {
-        done = family(*this, s, in);
+        done = known_form(*program_.kernel, s) && family(*this, s, in);
       } catch (const Uncovered &) {
         done = false;
       }
@@ -530,6 +542,8 @@ Program *make_program(const Module &module, const Kernel &kernel) {
   }
   program->shared_bytes = (uint32_t)(shared - kSharedBase);
   program->local_bytes = (uint32_t)local;
+  if (shared - kSharedBase > 1 << 20 || local > 512 << 10)  // a thread has 512 KiB of local memory
+    throw std::runtime_error("kernel " + kernel.name + " declares more shared or local memory than there is");
   Decoder(*program, symbols).run();
   return program;
 }

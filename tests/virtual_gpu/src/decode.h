@@ -16,18 +16,21 @@ class Decoder {
 
   // Family decoders call these in the order in which they want the slots in Inst::r. Each pushes one slot, or one a vector
   // element. They throw Uncovered for an operand that does not fit.
-  void destination(const Operand &o);        // a register, _ (kNoSlot), or a vector of those
+  // A register has 64 bits if, and only if, the type has; it is a predicate only for kPred.
+  void destination(const Operand &o, Type type = Type::kB32);  // a register, _ (kNoSlot), or a vector of those
   void source(const Operand &o, Type type);  // a register, an immediate splatted as `type`, the address of a variable; or a vector
   void predicate(const Operand &o);          // a predicate register as a source; kNegated is set for !%p
   void address(const Operand &o, Inst &in);  // [base + offset]: pushes a 64-bit or 32-bit slot (in.d = 1 if 64-bit), sets in.offset
   Slot constant(uint64_t value, bool wide);
   bool narrow(const Operand &o) const;       // a 16-bit register
   bool wide(const Operand &o) const;         // a 64-bit register
+  bool special(const Operand &o, const char *name) const;  // that special register
   bool guess_of_cas(const Statement &load);  // whether a CAS checks what it loads, before anything else uses it
 
   struct Uncovered {};
 
  private:
+  bool fits(const Register &r, Type type) const;
   void allocate_registers();
   void flow_graph();
   int copy_of(int reg);
@@ -52,6 +55,9 @@ constexpr Slot kNegated = 0x8000;  // of a predicate source
 Type parse_type(const std::string &part);
 // The last part of the opcode that is a type.
 Type last_type(const Statement &s);
+
+// Whether a form is one that a family knows; true for arithmetic and conversions, which look themselves.
+bool known_form(const Kernel &k, const Statement &s);
 
 // The families. Each returns false for a statement it does not know; `in` is then as it was.
 bool decode_arithmetic(Decoder &d, const Statement &s, Inst &in);

@@ -335,19 +335,11 @@ uint64_t window_of(Space s) {
   }
 }
 
-// r: d, a. in.a: to the space (else from it); in.d: a is 64-bit; in.b: d is 64-bit
+// r: d, a. in.a: to the space (else from it)
 void cvta(Warp &w, const Inst &in, Mask m) {
   uint64_t v[32];
-  uint32_t narrow[32];
-  for (int l = 0; l < 32; ++l) {
-    const uint64_t a = w.address(in.r[1], l, in.d);
-    v[l] = in.a ? a - window_of(in.space) : a + window_of(in.space);
-    narrow[l] = (uint32_t)v[l];
-  }
-  if (in.b)
-    store_lanes(w, in.r[0], v, m, w.unit_poison[in.r[1]]);
-  else
-    store_lanes(w, in.r[0], narrow, m, w.unit_poison[in.r[1]]);
+  for (int l = 0; l < 32; ++l) v[l] = w.address(in.r[1], l, true) + (in.a ? -window_of(in.space) : window_of(in.space));
+  store_lanes(w, in.r[0], v, m, w.unit_poison[in.r[1]]);
 }
 
 // r: p, a. in.space. The window of a kernel's parameters is part of the global one. (9.7.9.19 isspacep)
@@ -419,10 +411,11 @@ int parse_order(const Statement &s) {
 
 bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
   const std::string &op = s.parts[0];
-  if (op == "mov" && s.operands.size() == 2 && s.operands[1].kind == Operand::kRegister && (s.has("u64") || s.has("u32")) &&
-      (s.text.find("%clock") != std::string::npos || s.text.find("%globaltimer") != std::string::npos)) {
-    d.destination(s.operands[0]);
-    in.b = s.has("u64");
+  if (op == "mov") {
+    const auto reads = [&](const char *name) { return s.operands.size() == 2 && s.parts.size() == 2 && d.special(s.operands[1], name); };
+    in.b = s.has("u64") && (reads("%clock64") || reads("%globaltimer"));
+    if (!in.b && !(s.has("u32") && (reads("%clock") || reads("%globaltimer_lo")))) return false;
+    d.destination(s.operands[0], last_type(s));
     in.exec = clock_register;
     in.klass = Class::kMove;
     return true;
@@ -432,51 +425,51 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
     in.type = last_type(s);
     in.a = parse_order(s);
     in.b = s.has("cta") ? kCtaScope : kGpuScope;
-    if (in.type == Type::kNone || s.has("b128") || s.has("sc") || (s.has("v8") && (op == "ld" || op == "st"))) return false;
     in.vector = s.has("v8") ? 8 : s.has("v4") ? 4 : s.has("v2") ? 2 : 1;
     if (in.vector * type_bytes(in.type) > 16) return false;
     const bool shared = in.space == Space::kShared || in.space == Space::kSharedCluster;
     if (op == "ld") {
       in.klass = shared ? Class::kLoadShared : in.space == Space::kLocal ? Class::kLocal : in.space == Space::kParam ? Class::kMove : Class::kLoadGlobal;
       in.c = s.has("nc");
-      d.destination(s.operands.at(0));
-      const Operand &first = s.operands[0].kind == Operand::kVector ? s.operands[0].elements.at(0) : s.operands[0];
+      const Operand &first = in.vector > 1 ? s.operands[0].elements[0] : s.operands[0];
+      for (unsigned e = 1; e < in.vector; ++e)
+        if (d.wide(s.operands[0].elements[e]) != d.wide(first) || d.narrow(s.operands[0].elements[e]) != d.narrow(first)) return false;
+      d.destination(s.operands[0], d.wide(first) ? Type::kB64 : in.type);
       if (d.narrow(first)) in.type2 = Type::kU16;
       if (type_bytes(in.type) < 8 && d.wide(first)) in.b |= 2;
       if (in.a == kWeak && in.vector == 1 && !in.c && in.space != Space::kParam && d.guess_of_cas(s)) in.b |= kGuess;
-      d.address(s.operands.at(1), in);
+      d.address(s.operands[1], in);
       in.exec = load;
       return true;
     }
     if (op == "st") {
       in.klass = shared ? Class::kStoreShared : in.space == Space::kLocal ? Class::kLocal : Class::kStoreGlobal;
-      if (s.has("async")) return false;
-      d.address(s.operands.at(0), in);
-      d.source(s.operands.at(1), in.type);
-      for (unsigned e = 0; e < in.vector; ++e)
-        in.c |= (type_bytes(in.type) == 8 || d.wide(in.vector > 1 ? s.operands[1].elements.at(e) : s.operands[1])) << e;
+      d.address(s.operands[0], in);
+      for (unsigned e = 0; e < in.vector; ++e) {
+        const Operand &value = in.vector > 1 ? s.operands[1].elements[e] : s.operands[1];
+        d.source(value, d.wide(value) ? Type::kB64 : in.type);
+        in.c |= (type_bytes(in.type) == 8 || d.wide(value)) << e;
+      }
       in.exec = store;
       return true;
     }
-    if (s.has("async")) return false;
     static const char *const names[] = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"};
     in.c = -1;
     for (int i = 0; i < 10; ++i)
       if (s.has(names[i])) in.c = i;
     const bool is_float = in.type == Type::kF32 || in.type == Type::kF64 || in.type == Type::kF16 || in.type == Type::kBF16 ||
                           in.type == Type::kF16x2 || in.type == Type::kBF16x2;
-    if (in.c < 0 || (is_float && in.c != kAdd)) return false;
     if (in.vector > 1 && (in.space != Space::kGlobal || !is_float || in.type == Type::kF64)) return false;
     if (in.a == kWeak) in.a = kRelaxed;
     in.klass = Class::kAtomic;
     size_t i = 0;
     if (op == "atom")
-      d.destination(s.operands.at(i++));
+      d.destination(s.operands[i++], in.type);
     else
       for (unsigned e = 0; e < in.vector; ++e) d.destination(Operand());
-    d.address(s.operands.at(i), in);
-    d.source(s.operands.at(i + 1), in.type);
-    if (in.c == kCas) d.source(s.operands.at(i + 2), in.type);
+    d.address(s.operands[i], in);
+    d.source(s.operands[i + 1], in.type);
+    if (in.c == kCas) d.source(s.operands[i + 2], in.type);
     in.exec = atom;
     return true;
   }
@@ -484,10 +477,9 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
     in.klass = Class::kMove;
     in.space = parse_space(s);
     in.a = s.has("to");
-    in.b = op == "cvta" && s.has("u64");
-    d.destination(s.operands.at(0));
-    d.source(s.operands.at(1), s.has("u32") ? Type::kU32 : Type::kU64);
-    in.d = d.wide(s.operands[1]) || s.operands[1].kind != Operand::kRegister;
+    in.d = op == "cvta" || d.wide(s.operands[1]) || s.operands[1].kind != Operand::kRegister;
+    d.destination(s.operands[0], op == "cvta" ? Type::kU64 : Type::kPred);
+    d.source(s.operands[1], in.d ? Type::kU64 : Type::kU32);
     in.exec = op == "cvta" ? cvta : isspacep;
     return true;
   }
@@ -495,17 +487,16 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
     in.klass = Class::kMove;
     in.b = s.has("u64");
     in.a = parse_space(s) == Space::kGeneric;
-    d.destination(s.operands.at(0));
-    d.source(s.operands.at(1), in.b ? Type::kU64 : Type::kU32);
-    d.source(s.operands.at(2), Type::kU32);
+    d.destination(s.operands[0], last_type(s));
+    d.source(s.operands[1], last_type(s));
+    d.source(s.operands[2], Type::kU32);
     in.exec = mapa;
     return true;
   }
-  if (op == "prefetch" || op == "prefetchu" || op == "createpolicy" || op == "applypriority" || op == "discard") {
-    if (op == "discard") return false;
+  if (op == "prefetch" || op == "prefetchu" || op == "createpolicy" || op == "applypriority") {
     in.klass = Class::kMove;
     if (op == "createpolicy") {
-      d.destination(s.operands.at(0));
+      d.destination(s.operands[0], Type::kB64);
       in.b = 1;
       in.exec = clock_register;  // any defined value: cache policies change no result
       return true;

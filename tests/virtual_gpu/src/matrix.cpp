@@ -161,19 +161,16 @@ Flow movmatrix(Warp &w, Fragment &f, const Inst &in) {
 bool decode_matrix(Decoder &d, const Statement &s, Inst &in) {
   const std::string &op = s.parts[0];
   in.klass = Class::kMatrix;
-  if (op == "mma" && s.operands.size() == 4) {
-    in.a = s.has("m16n8k16") ? 16 : s.has("m16n8k8") ? 8 : 0;
-    if (!in.a || s.parts.size() != 10 || s.parts[4] != "row" || s.parts[5] != "col" || s.parts[7] != s.parts[8] || s.parts[6] != s.parts[9]) return false;
+  if (op == "mma") {
+    in.a = s.has("m16n8k16") ? 16 : 8;
     in.type = parse_type(s.parts[7]);
     in.type2 = parse_type(s.parts[6]);
-    if (in.type != Type::kBF16 && in.type != Type::kF16) return false;
-    if (in.type2 != Type::kF32 && !(in.type2 == Type::kF16 && in.type == Type::kF16)) return false;
     d.destination(s.operands[0]);
     for (size_t i = 1; i < 4; ++i) d.source(s.operands[i], Type::kB32);
     in.control = mma;
     return true;
   }
-  if ((op == "ldmatrix" || op == "stmatrix") && s.has("m8n8") && s.has("b16") && s.operands.size() == 2) {
+  if (op == "ldmatrix" || op == "stmatrix") {
     in.c = op == "stmatrix";
     in.a = s.has("x4") ? 4 : s.has("x2") ? 2 : 1;
     in.b = s.has("trans");
@@ -188,7 +185,7 @@ bool decode_matrix(Decoder &d, const Statement &s, Inst &in) {
     in.control = matrix_access;
     return true;
   }
-  if (op == "movmatrix" && s.operands.size() == 2) {
+  if (op == "movmatrix") {
     d.destination(s.operands[0]);
     d.source(s.operands[1], Type::kB32);
     in.control = movmatrix;

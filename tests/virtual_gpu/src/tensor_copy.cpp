@@ -269,11 +269,11 @@ void no_effect(Warp &, const Inst &, Mask) {}
 }  // namespace
 
 bool decode_tensor_copy(Decoder &d, const Statement &s, Inst &in) {
-  if (s.parts[0] != "cp" || s.parts.at(1) != "async" || !s.has("bulk")) return false;  // cp.reduce.async.bulk is not covered
+  if (s.parts[0] != "cp" || !s.has("bulk")) return false;
   in.klass = Class::kAsync;
   if (s.has("commit_group") || s.has("wait_group")) {
     in.a = s.has("commit_group") ? 0 : s.has("read") ? 2 : 1;
-    if (in.a) in.c = (int)s.operands.at(0).immediate;
+    if (in.a) in.c = (int)s.operands[0].immediate;
     in.exec = bulk_group;
     return true;
   }
@@ -281,17 +281,10 @@ bool decode_tensor_copy(Decoder &d, const Statement &s, Inst &in) {
     in.exec = no_effect;
     return true;
   }
-  for (const std::string &p : s.parts)
-    if (p.rfind("im2col", 0) == 0 || (p.rfind("tile::", 0) == 0) || p == "cp_mask") return false;
   const bool tensor = s.has("tensor");
   in.a = !tensor ? 0 : s.has("1d") ? 1 : s.has("2d") ? 2 : s.has("3d") ? 3 : s.has("4d") ? 4 : 5;
-  const size_t global = std::find(s.parts.begin(), s.parts.end(), "global") - s.parts.begin();
-  const size_t shared = std::find_if(s.parts.begin(), s.parts.end(), [](const std::string &p) { return p.rfind("shared", 0) == 0; }) - s.parts.begin();
-  if (global == s.parts.size() || shared == s.parts.size()) return false;  // shared to shared is not covered
-  in.b = global < shared;  // the destination's space comes first
+  in.b = s.has("bulk_group");  // to global memory
   in.c = s.has("multicast::cluster");
-  if (in.b != s.has("bulk_group")) return false;
-  if (s.operands.size() < 2) return false;
   const Operand &shared_operand = s.operands[in.b ? 1 : 0], &global_operand = s.operands[in.b ? 0 : 1];
   Inst parts;
   int wide = 0;
@@ -304,12 +297,12 @@ bool decode_tensor_copy(Decoder &d, const Statement &s, Inst &in) {
   size_t next = 2;
   for (const Operand &coordinate : global_operand.elements) d.source(coordinate, Type::kB32);
   if ((int)global_operand.elements.size() != in.a) return false;
-  if (!tensor) d.source(s.operands.at(next++), Type::kB32);
+  if (!tensor) d.source(s.operands[next++], Type::kB32);
   if (!in.b) {
-    d.address(s.operands.at(next++), parts);
+    d.address(s.operands[next++], parts);
     wide |= parts.d ? 4 : 0;
     if (parts.offset) return false;
-    if (in.c) d.source(s.operands.at(next++), Type::kB16);
+    if (in.c) d.source(s.operands[next++], Type::kB16);
   }
   in.d = wide;  // a cache policy may follow
   in.exec = bulk_copy;

@@ -347,23 +347,20 @@ bool decode_wgmma(Decoder &d, const Statement &s, Inst &in) {
   if (s.has("fence") || s.has("commit_group") || s.has("wait_group")) {
     in.a = s.has("fence") ? 0 : s.has("commit_group") ? 1 : 2;
     in.klass = Class::kControl;
-    if (in.a == 2) in.c = (int)s.operands.at(0).immediate;
+    if (in.a == 2) in.c = (int)s.operands[0].immediate;
     in.control = group_control;
     return true;
   }
   // wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 d, a, b, scale-d, scale-a, scale-b, [trans-a,] trans-b
-  if (s.parts.size() != 8 || s.operands.size() < 6 || s.parts[6] != s.parts[7]) return false;
-  int m, n, k;
-  if (sscanf(s.parts[4].c_str(), "m%dn%dk%d", &m, &n, &k) != 3 || m != 64 || k != kK || n % 8 || n < 8 || n > 256) return false;
+  const int n = atoi(s.parts[4].c_str() + strlen("m64n"));
+  if (n % 8 || n < 8 || n > 256) return false;
   in.type2 = parse_type(s.parts[5]);
   in.type = parse_type(s.parts[6]);
-  if ((in.type != Type::kBF16 && in.type != Type::kF16) || (in.type2 != Type::kF32 && !(in.type2 == Type::kF16 && in.type == Type::kF16))) return false;
+  if (in.type2 == Type::kF16 && in.type != Type::kF16) return false;
   in.a = n;
   in.c = in.type2 == Type::kF32 ? n / 2 : n / 4;
   const bool registers = s.operands[1].kind == Operand::kVector;
-  if (s.operands[0].elements.size() != (size_t)in.c || (registers && s.operands[1].elements.size() != 4)) return false;
-  const size_t transposes = s.operands.size() - 6;
-  if (transposes != (registers ? 1u : 2u)) return false;
+  if (s.operands[0].elements.size() != (size_t)in.c) return false;
   in.b = registers | (registers ? 0 : s.operands[6].immediate != 0 ? 2 : 0) | (s.operands.back().immediate != 0 ? 4 : 0) |
          (s.operands[4].immediate < 0 ? 8 : 0) | (s.operands[5].immediate < 0 ? 16 : 0);
   d.destination(s.operands[0]);
