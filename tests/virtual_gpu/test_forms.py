@@ -97,6 +97,50 @@ def test_a_guess_is_what_the_loop_alone_uses(case):
         assert total[0] == 128
 
 
+# The same loop with the guess in a register of its own, %r5. Each case changes one line of it.
+LOOP = ["ld.global.u32 %r5, [%a0]; // caught", "mov.u32 %r1, %r5;", "L: add.u32 %r2, %r1, 1;", "atom.global.cas.b32 %r3, [%a0], %r1, %r2; // caught",
+        "setp.ne.u32 %p1, %r3, %r1; mov.u32 %r1, %r3; @%p1 bra L;", "st.global.u32 [%x1], %r3;"]
+MORE_THAN_A_GUESS = {
+    "used after the loop": (5, "st.global.u32 [%x1], %r5;"), "a copy is used after the loop": (1, "mov.u32 %r6, %r5; mov.u32 %r1, %r6; mov.u32 %r7, %r6;",
+                                                                                             "st.global.u32 [%x1], %r7;"),
+    "half of it is used after the loop": (5, "mov.b32 {%h1, %h2}, %r5; st.global.u16 [%x1], %h1;"),
+    "stored in the loop": (2, "L: st.global.u32 [%x1], %r1; add.u32 %r2, %r1, 1;"),
+    "stored after the CAS": (4, "st.global.u32 [%x1], %r1; setp.ne.u32 %p1, %r3, %r1; mov.u32 %r1, %r3; @%p1 bra L;"),
+    "told to other lanes": (2, "L: shfl.sync.idx.b32 %r6, %r1, 0, 31, -1; add.u32 %r2, %r1, 1;"),
+    "the loop ends whatever the CAS saw": (4, "setp.ne.u32 %p1, %t, %t; mov.u32 %r1, %r3; @%p1 bra L;"),
+    "the loop ends when the CAS fails": (4, "setp.ne.u32 %p1, %r3, %r1; mov.u32 %r1, %r3; @!%p1 bra L;"),
+    "a CAS that is not repeated": (4, "mov.u32 %r1, %r3;"),
+    "the loop goes on elsewhere": (2, "L: setp.gt.u32 %p2, %r1, 90; @%p2 bra E; add.u32 %r2, %r1, 1;"),
+    "another address": (0, "ld.global.u32 %r5, [%a0+4]; // caught", "@!%p1 red.global.add.u32 [%a0+4], 1; // caught"),
+    "another register's address": (0, "ld.global.u32 %r5, [%l5]; // caught", "@!%p1 red.global.add.u32 [%a0+4], 1; // caught"),
+    "the address moves in the loop": (2, "L: add.s64 %l5, %l5, 0; add.u32 %r2, %r1, 1;")}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("case", [None, *MORE_THAN_A_GUESS])
+def test_a_guess_is_used_by_its_loop_alone(case, seed):
+    lines = list(LOOP)
+    if case:
+        at, line, *last = MORE_THAN_A_GUESS[case]
+        lines[at:at + 1], lines[5:5] = [line], last
+    if case == "the address moves in the loop":
+        lines = [line.replace("[%a0]", "[%l5]") for line in lines]
+    body = "add.s64 %l5, %a0, 4;\n" + "\n".join(lines) + "\nE:"
+    args, more = [np.zeros(64, np.uint32), np.zeros(128, np.uint32)], dict(seed=seed, grid=2, block=64, written={0, 1})
+    if case:
+        caught("race", body, *args, **more)
+    else:
+        run(body, *args, **more)
+        assert args[0][0] == 128 and sorted(args[1]) == list(range(128))
+
+
+def test_a_guess_of_the_same_place_written_in_two_ways():
+    total = np.zeros(2, np.uint32)
+    run("add.s64 %l5, %a0, 4;\n" + "\n".join(LOOP[:5]).replace("ld.global.u32 %r5, [%a0]", "ld.global.u32 %r5, [%a0+4]").replace("[%a0]", "[%l5]"),
+        total, grid=2, block=64)
+    assert list(total) == [0, 128]
+
+
 @pytest.mark.on_silicon
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("n", (2, 4))

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <tuple>
 
 #include "machine.h"
 
@@ -241,32 +242,52 @@ void Decoder::flow_graph() {
 
 // ---------------------------------------------------------------------------------------------------------- CAS loops
 
-int Decoder::copy_of(int reg) {
-  while (copies_[(size_t)reg] != reg) reg = copies_[(size_t)reg];
-  return reg;
-}
-
 // The loop of CUDA's atomicAdd of bf16 on sm_80, and of its programming guide: a plain load gives the first value that the CAS
-// expects, what the CAS returns the next one. A wrong guess costs a turn and no more, so it may race with atomics.
+// expects, what the CAS returns the next one. A wrong guess costs a turn and no more, so it may race with atomics. The loop has
+// nothing but computation, and ends when the CAS returns what it expected; outside of it nothing uses the guess.
 bool Decoder::guess_of_cas(const Statement &load) {
   const std::vector<Statement> &code = program_.kernel->statements;
   if (compare_and_swaps_.empty() || load.operands[0].reg < 0) return false;
-  if (copies_.empty()) {
-    copies_.resize(program_.kernel->registers.size());
-    for (size_t r = 0; r < copies_.size(); ++r) copies_[r] = (int)r;
-    for (const Statement &s : code)
-      if (s.parts[0] == "mov" && s.operands.size() == 2 && s.operands[0].reg >= 0 && s.operands[1].reg >= 0)
-        copies_[(size_t)copy_of(s.operands[0].reg)] = copy_of(s.operands[1].reg);
-  }
-  const auto is_copy = [&](int reg) { return reg >= 0 && copy_of(reg) == copy_of(load.operands[0].reg); };
-  const auto expects = [&](const Statement *s) {
-    return type_bytes(last_type(*s)) == type_bytes(last_type(load)) && is_copy(s->operands[0].reg) && is_copy(s->operands[2].reg);
+  const Statement *const end = code.data() + code.size();
+  const Operand &from = load.operands[1];
+  const auto moves = [](const Statement &s) { return s.parts[0] == "mov" && s.operands.size() == 2 && s.operands[0].reg >= 0 && s.operands[1].reg >= 0; };
+  const auto copies = [&](int reg) {  // and where it is moved to
+    std::vector<bool> all(program_.kernel->registers.size(), false);
+    all[(size_t)reg] = true;
+    for (bool more = true; more;) {
+      more = false;
+      for (const Statement &s : code)
+        if (moves(s) && all[(size_t)s.operands[1].reg] && !all[(size_t)s.operands[0].reg]) all[(size_t)s.operands[0].reg] = more = true;
+    }
+    return all;
   };
-  if (std::none_of(compare_and_swaps_.begin(), compare_and_swaps_.end(), expects)) return false;
-  for (const Statement *s = &load + 1; s != code.data() + code.size(); ++s) {
-    if (std::any_of(code.begin(), code.end(), [&](const Statement &t) { return t.target == s - code.data(); })) return true;  // the loop
-    const std::vector<int> used = effects(*s).used;
-    if (s->parts[0] != "mov" && std::any_of(used.begin(), used.end(), is_copy)) return false;
+  const auto place = [&](const Operand &o) {  // nvcc writes [%rd4+4] in one place, and [%rd16] after %rd16 = %rd4 + 4 in another
+    const auto sum = std::find_if(code.begin(), code.end(), [&](const Statement &s) {
+      return s.parts[0] == "add" && s.operands.size() == 3 && s.operands[0].reg == o.reg && o.reg >= 0 && s.operands[2].kind == Operand::kImmediate;
+    });
+    return sum == code.end() ? std::tuple(o.reg, o.symbol, o.immediate) : std::tuple(sum->operands[1].reg, std::string(), o.immediate + sum->operands[2].immediate);
+  };
+  const auto computes = [&](const Statement &s) {
+    return has_destination(s) && !s.has("sync") && s.guard < 0 && (from.reg < 0 || s.operands[0].reg != from.reg) &&
+           std::none_of(s.operands.begin(), s.operands.end(), [](const Operand &o) { return o.kind == Operand::kAddress; });
+  };
+  const std::vector<bool> guess = copies(load.operands[0].reg);
+  for (const Statement *cas : compare_and_swaps_) {
+    const auto in = [](const std::vector<bool> &set, const Operand &o) { return o.reg >= 0 && set[(size_t)o.reg]; };
+    if (type_bytes(last_type(*cas)) != type_bytes(last_type(load)) || place(cas->operands[1]) != place(from) || cas->operands[0].reg < 0) continue;
+    const std::vector<bool> checked = copies(cas->operands[0].reg);
+    const Statement *const back = std::find_if_not(cas + 1, end, computes), *const loop = back == end || back->target < 0 ? end : code.data() + back->target;
+    const auto decides = [&](const Statement &s) {
+      return s.parts[0] == "setp" && s.has("ne") && s.operands[0].reg == back->guard && in(checked, s.operands[1]) && in(checked, s.operands[2]);
+    };
+    if (!in(guess, cas->operands[2]) || !in(checked, cas->operands[2]) || loop <= &load || loop > cas || back->guard_negated ||
+        !std::all_of(loop, cas, computes) || std::none_of(cas, back, decides))
+      continue;
+    return std::none_of(code.begin(), code.end(), [&](const Statement &s) {
+      const std::vector<int> used = effects(s).used;
+      const bool before = &s > &load && &s < loop;
+      return !moves(s) && std::any_of(used.begin(), used.end(), [&](int r) { return guess[(size_t)r] && (before || !checked[(size_t)r]); });
+    });
   }
   return false;
 }

@@ -33,7 +33,6 @@ class Decoder {
   bool fits(const Register &r, Type type) const;
   void allocate_registers();
   void flow_graph();
-  int copy_of(int reg);
   Slot slot_of(int reg) const { return slots_[(size_t)reg]; }
   Slot special(const std::string &name);
 
@@ -45,7 +44,6 @@ class Decoder {
   std::map<std::pair<uint64_t, bool>, Slot> constants_;
   std::map<std::string, Slot> specials_;
   std::vector<int> reconverge_;    // by statement
-  std::vector<int> copies_;        // by register: another that a mov joins with it, or itself; empty until it is asked for
   std::vector<const Statement *> compare_and_swaps_;
 };
 
