@@ -177,3 +177,10 @@ KERNEL grid_sync_not_by_all(int *x) {
   if (blockIdx.x != 1) cooperative_groups::this_grid().sync();
   x[THREAD] = 1;
 }
+
+// Nothing for an older architecture.
+extern "C" __global__ void only_sm90(int *out) {
+#if __CUDA_ARCH__ >= 900
+  out[threadIdx.x] = 1;
+#endif
+}

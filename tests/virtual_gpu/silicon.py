@@ -52,7 +52,7 @@ class Gpu:
     virtual = False
     library_ptx = vgpu.Gpu.library_ptx
 
-    def __init__(self, arch=90, seed=0, random_completion=False, **settings):
+    def __init__(self, arch=90, seed=0, random_completion=False, sm_count=4, instruction_limit=0, max_reports=0):
         self.arch, self.counters, self.arrays = arch, [], {}
         self.cuda, self.call = driver().cuda, driver().call
         self.capability = [driver().attribute(which) for which in (75, 76)]  # COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -68,10 +68,7 @@ class Gpu:
     def mapped(self, arrays):
         """The arrays' memory on the device, copied there and, what is writable, back at the end."""
         made = {}
-        for name, array, writable, initialised in arrays:
-            address, size = vgpu.memory_of(array)
-            if not size or address in self.arrays or address in made:
-                continue
+        for address, size, _, writable, _ in vgpu.ranges_of(arrays, {address: size for address, (_, size, _) in self.arrays.items()}):
             pointer = ctypes.c_uint64()
             self.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
             self.call("cuMemcpyHtoD_v2", pointer, ctypes.c_void_p(address), ctypes.c_size_t(size))
@@ -89,8 +86,9 @@ class Gpu:
                 del self.arrays[address]
 
     def pointer(self, array):
-        address, _ = vgpu.memory_of(array)
-        return self.arrays[address][0].value + array.ctypes.data - address
+        address, size = vgpu.memory_of(array)
+        found = [pointer.value + array.ctypes.data - a for a, (pointer, n, _) in self.arrays.items() if a <= address < a + n]
+        return found[0] if size else 0
 
 
 class _Attribute(ctypes.Structure):
@@ -122,7 +120,7 @@ class Module:
                cooperative=False):
         name = vgpu.one_kernel(self.kernels, kernel)
         with self.gpu.mapped(vgpu.arrays_of(args, written, fresh)):
-            self._launch(name, vgpu.three(grid), vgpu.three(block), vgpu.three(cluster) if cluster else None, args, shared,
+            self._launch(name, *vgpu.shape_of(grid, block, cluster), args, vgpu.whole("shared", shared),
                          [PROGRAMMATIC] * programmatic + [COOPERATIVE] * cooperative)
             self.gpu.call("cuCtxSynchronize")
 
@@ -134,7 +132,7 @@ class Module:
         values = vgpu.values_of(args, self.kernels[name], gpu.pointer, gpu.cuda.cuTensorMapEncodeTiled)
         attributes = (_Attribute * 3)()
         count = 0
-        if cluster:
+        if any(cluster):
             attributes[count].id = CLUSTER_DIMENSION
             attributes[count].value[:3] = cluster
             count += 1

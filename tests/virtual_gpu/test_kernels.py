@@ -164,7 +164,7 @@ def test_refused_launches():
         runs.product(vgpu.Gpu(arch=80).module(vgpu.compile(SM90, "90a")), "product_correct")
     with pytest.raises(vgpu.LaunchError, match="code for sm_90 on a device of sm_80"):
         vgpu.Gpu(arch=80).module(vgpu.compile(SM80, "90")).launch("reverse_correct", block=256, args=args)
-    for settings in (dict(arch=70), dict(seed=-1), dict(sm_count=0), dict(colour=3)):
+    for settings in (dict(arch=70), dict(sm_count=0), dict(colour=3)):
         with pytest.raises(ValueError, match="there is no such setting"):
             vgpu.Gpu(**settings).module(vgpu.compile(SM80, "80")).launch("reverse_correct", block=256, args=args)
     for wrong in (dict(fresh={5}), dict(written={2})):
@@ -187,7 +187,7 @@ def test_refused_arguments():
             ("reverse_correct", 256, [x, x, np.float32(256)], "argument 2: the kernel takes 4 bytes of type .u, got 4 of float32"),
             ("reverse_correct", 256, [x, x, np.int64(256)], "argument 2: the kernel takes 4 bytes of type .u, got 8 of int64"),
             ("reverse_correct", 256, [x, np.float64(1), np.int32(256)], "argument 1: the kernel takes 8 bytes of type .u, got 8 of float64"),
-            ("reverse_correct", 256, [x, x], "argument 2 is longer"),
+            ("reverse_correct", 256, [x, x], "the kernel takes 3 arguments, got 2"),
             ("attention_sm80", 128, [rows, rows, rows, x, np.uint32(1)], "argument 4: the kernel takes 4 bytes of type .f, got 4 of uint32")]:
         with pytest.raises(ValueError, match=why):
             mod.launch(kernel, block=block, args=args)

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import operator
 import re
 import shutil
 import subprocess
@@ -125,16 +126,19 @@ def kernels_of(ptx):
 
 def one_kernel(kernels, name):
     """The kernel of that name, or the one whose mangled name contains it."""
-    names = [k for k in kernels if k == name] or [k for k in kernels if name in k]
-    assert len(names) == 1, f"{name}: {names} of {list(kernels)}"
+    names = [k for k in kernels if k == name] or [k for k in kernels if name and name in k]
+    if len(names) != 1:
+        raise LaunchError(f"expected the name of one kernel, got {name!r}: it names {names} of {list(kernels)}")
     return names[0]
 
 
 def values_of(args, params, pointer, encoder):
     """What is passed for arguments: the address of an array, 0 for None (a null pointer), a TensorMap's 128 bytes, else the value itself.
     ValueError if a parameter has another size, or is of floats and the value is not (nvcc writes .f, .u for all else; .b says nothing)."""
+    if len(args) != len(params):
+        raise ValueError(f"the kernel takes {len(params)} arguments, got {len(args)}")
     values = []
-    for i, (x, (kind, size)) in enumerate(zip(args, params, strict=True)):
+    for i, (x, (kind, size)) in enumerate(zip(args, params)):
         if isinstance(x, TensorMap):
             value = encode(encoder, x, pointer(x.array))
         else:
@@ -145,14 +149,36 @@ def values_of(args, params, pointer, encoder):
     return values
 
 
-def three(x):
-    x = (int(x),) if np.ndim(x) == 0 else tuple(map(int, x))
-    return (*x, *[1] * (3 - len(x)))
+def whole(name, x, end=2**63):
+    """An integer from 0 to end - 1."""
+    try:
+        value = operator.index(x)
+    except TypeError:
+        value = -1
+    if not 0 <= value < end:
+        raise ValueError(f"{name}: expected an integer from 0 to {end - 1}, got {x!r}")
+    return value
+
+
+def shape_of(grid, block, cluster):
+    """Three numbers each; a cluster of zeros if there is none."""
+    shape = []
+    for name, x in (("grid", grid), ("block", block), ("cluster", cluster or (0, 0, 0))):
+        x = (x,) if np.ndim(x) == 0 else tuple(x)
+        if not 1 <= len(x) <= 3:
+            raise ValueError(f"{name}: expected one to three dimensions, got {x}")
+        shape.append(tuple(whole(name, n, 2**32) for n in (*x, *[1] * (3 - len(x)))))
+    return shape
 
 
 def arrays_of(args, written, fresh):
     """The memory of a launch's arguments, for mapped()."""
     arrays = [(i, x.array if isinstance(x, TensorMap) else x) for i, x in enumerate(args)]
+    if not all(isinstance(indices, (set, frozenset, tuple, list)) for indices in (written or (), fresh)) or written == 0:
+        raise ValueError(f"written and fresh: expected sets of indices, got {written!r} and {fresh!r}")
+    for i, x in arrays:
+        if isinstance(x, np.ndarray) and (x.dtype.hasobject or not x.dtype.isnative):
+            raise ValueError(f"argument {i}: expected plain numbers in this machine's byte order, got {x.dtype}")
     for i in {*(written or ()), *fresh}:
         if not (0 <= i < len(args) and isinstance(arrays[i][1], np.ndarray)):
             raise ValueError(f"written and fresh: expected indices of array arguments, got {i}")
@@ -169,11 +195,36 @@ def memory_of(array):
     return array.ctypes.data + low, high - low + array.itemsize if array.size else 0
 
 
+def ranges_of(arrays, present):
+    """[[address, bytes, name, writable, initialised]] of the memory of (name, array, writable, initialised): arrays that overlap are one,
+    writable and initialised if one of them is. `present`, {address: bytes}, is there already; ValueError if an array is so in part."""
+    found = []
+    for name, array, writable, initialised in sorted(arrays, key=lambda a: memory_of(a[1])[0]):
+        address, size = memory_of(array)
+        over = [(a, n) for a, n in present.items() if a < address + size and address < a + n]
+        if not size or any(a <= address and address + size <= a + n for a, n in over):
+            continue
+        if over:
+            raise ValueError(f"{name}: a part of this array is mapped already, and a part is not")
+        if found and address < found[-1][0] + found[-1][1]:
+            last = found[-1]
+            last[1:] = max(last[1], address + size - last[0]), f"{last[2]} and {name}", last[3] or writable, last[4] or initialised
+        else:
+            found.append([address, size, name, writable, initialised])
+    return found
+
+
 class TensorMap:
     """A CUtensorMap of an array; `box` and the array's shape outermost first. swizzle: 0, 32, 64 or 128 bytes."""
     TYPES = {"uint8": 0, "uint16": 9, "float16": 6, "float32": 7, "int32": 3}  # uint16 holds bfloat16
 
     def __init__(self, array, box, swizzle=0):
+        if not isinstance(array, np.ndarray) or array.ndim < 1 or array.dtype.name not in self.TYPES:
+            raise ValueError(f"a tensor map: expected an array of one of {list(self.TYPES)}, got {getattr(array, 'dtype', array)!r}")
+        if len(box) != array.ndim:
+            raise ValueError(f"a tensor map's box: expected {array.ndim} dimensions, got {box}")
+        if swizzle not in (0, 32, 64, 128):
+            raise ValueError(f"a tensor map's swizzle: expected 0, 32, 64 or 128, got {swizzle}")
         if array.strides[-1] != array.itemsize:
             raise ValueError(f"a tensor map's innermost dimension is contiguous: expected a stride of {array.itemsize} bytes, "
                              f"got {array.strides[-1]}")
@@ -208,7 +259,7 @@ class Gpu:
 
     def start(self):
         for name, value in self.settings.items():
-            if self.lib.c.vgpu_set(name.encode(), int(value)):
+            if self.lib.c.vgpu_set(name.encode(), whole(name, value)):
                 raise ValueError(f"{name}: there is no such setting of {value!r}; architecture is 80 or 90, counts are positive")
         self.lib.c.vgpu_clear()
 
@@ -257,24 +308,20 @@ MUTATED = {"apply_rope": ("q", "k"), "rolling_attention": ("k_cache", "v_cache")
 
 
 class _Mapped:
-    now = set()  # addresses
+    now = {}  # address: bytes
 
     def __init__(self, c, arrays):
-        self.c, self.ranges = c, {}
-        for name, array, writable, initialised in arrays:
-            address, size = memory_of(array)
-            if size and address not in self.now:
-                self.ranges[address] = (size, name, writable, initialised)
+        self.c, self.ranges = c, ranges_of(arrays, self.now)
 
     def __enter__(self):
-        for address, (size, name, writable, initialised) in self.ranges.items():
+        for address, size, name, writable, initialised in self.ranges:
             self.c.vgpu_map(address, size, name.encode(), writable, initialised)
-        self.now.update(self.ranges)
+            self.now[address] = size
 
     def __exit__(self, *error):
-        for address in self.ranges:
+        for address, *_ in self.ranges:
             self.c.vgpu_unmap(address)
-        self.now.difference_update(self.ranges)
+            del self.now[address]
 
 
 class Module:
@@ -302,7 +349,7 @@ class Module:
         cooperative: its blocks may wait for each other (cooperative_groups' grid sync); a grid that is not resident as a whole is refused."""
         name = one_kernel(self.kernels, kernel)
         values = values_of(args, self.kernels[name], lambda array: array.ctypes.data, self.c.vgpu_encode_tiled)
-        shape = [(ctypes.c_uint32 * 3)(*x) for x in (three(grid), three(block), three(cluster) if cluster else (0, 0, 0))]
+        shape, shared = [(ctypes.c_uint32 * 3)(*x) for x in shape_of(grid, block, cluster)], whole("shared", shared)
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(value.ctypes.data for value in values))
         self.gpu.start()
         with self.gpu.mapped(arrays_of(args, written, fresh)):

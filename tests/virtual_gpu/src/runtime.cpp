@@ -117,14 +117,15 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
     if (shape.grid[i] == 0 || shape.grid[i] > limits[i]) return refuse("a grid of " + std::to_string(shape.grid[i]) + " blocks in dimension " + std::to_string(i));
     if (shape.grid[i] % launch.cluster[i]) return refuse("a grid that is not whole clusters in dimension " + std::to_string(i));
   }
-  if (threads == 0 || threads > 1024 || shape.block[2] > 64) return refuse("a block of " + std::to_string(threads) + " threads");
+  if (threads == 0 || threads > 1024 || shape.block[2] > 64)
+    return refuse("a block of " + std::to_string(threads) + " threads, " + std::to_string(shape.block[2]) + " in z: expected 1 to 1024, and 64 in z at most");
   if (program->kernel->max_threads && threads > (uint64_t)program->kernel->max_threads)
     return refuse("a block of " + std::to_string(threads) + " threads, __launch_bounds__ says at most " + std::to_string(program->kernel->max_threads));
   if (program->kernel->required_threads && threads != (uint64_t)program->kernel->required_threads)
     return refuse("a block of " + std::to_string(threads) + " threads, the kernel requires " + std::to_string(program->kernel->required_threads));
   if (cluster > 1 && options.architecture < 90) return refuse("a cluster on sm_80");
   if (cluster > (function.wide_clusters ? 16u : 8u)) return refuse("a cluster of " + std::to_string(cluster) + " blocks");
-  if ((int64_t)shape.dynamic_shared > function.max_dynamic_shared || (int64_t)shape.dynamic_shared + program->shared_bytes > max_shared())
+  if (shape.dynamic_shared > (uint64_t)function.max_dynamic_shared || shape.dynamic_shared + program->shared_bytes > (uint64_t)max_shared())
     return refuse(std::to_string(shape.dynamic_shared) + " bytes of dynamic shared memory; allowed are " + std::to_string(function.max_dynamic_shared) +
                   " (cudaFuncAttributeMaxDynamicSharedMemorySize), and " + std::to_string(max_shared()) + " with static ones");
   launch.dynamic_shared = (uint32_t)shape.dynamic_shared;
@@ -137,7 +138,8 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
     memcpy(&launch.params[p.address], args[i], p.bytes);
   }
   // A body guarded by __CUDA_ARCH__ for another architecture compiles to nothing, and its launch would silently do nothing.
-  if (program->kernel->statements.size() <= 1)
+  const auto &body = program->kernel->statements;
+  if (body.empty() || (body.size() == 1 && body[0].parts[0] == "ret"))
     launch.report("empty-kernel", nullptr, 0, &program->code[0], "this kernel has no body for sm_" + std::to_string(loaded.module->target));
   uint64_t barrier = 0;  // what cooperative_groups counts the arrivals of blocks in, and its size
   if (shape.cooperative) {
