@@ -279,7 +279,7 @@ def test_float_atomics(t, space):
 @pytest.mark.on_silicon
 @pytest.mark.parametrize("space", ATOM_SPACES)
 def test_f32_atomics_flush_subnormals_in_global_memory_only(space):
-    """PTX ISA, atom: "atom.add.f32 on global memory flushes subnormal inputs and results to sign-preserving zero"."""
+    """PTX ISA, atom: sums of f32 take and give a zero of the same sign for what is subnormal, but not in shared memory."""
     e = 2.0 ** -126
     old, a = (np.resize(np.array(x, np.float32), 64) for x in ([e / 4, -e / 4, 0, e, 1, -e],
                                                                [e / 4, 0, -e / 4, -e / 2, e / 4, e / 2]))

@@ -22,7 +22,8 @@ def test_maps_that_do_not_fit():
 
     LOAD.caught(run(vgpu.TensorMap(tensor.reshape(5, 8, 64), (1, 16, 64), 128)), "descriptor", TENSOR_LOAD,
                 "3 dimensions in a copy of 2")
-    LOAD.caught(run(vgpu.TensorMap(tensor, (32, 64), 128)), "out-of-range", TENSOR_LOAD, "bytes of shared memory, ending .* behind the 2064 bytes of")
+    LOAD.caught(run(vgpu.TensorMap(tensor, (32, 64), 128)), "out-of-range", TENSOR_LOAD,
+                "a box of 4096 bytes, more than there is of shared memory")
     LOAD.caught(run(vgpu.TensorMap(longer, (16, 64), 128), row=30), "out-of-range", TENSOR_LOAD, "behind the 5120 bytes of tensor")
     STORE.caught(run(vgpu.TensorMap(tensor, (16, 64), 128), written=()), "read-only", TENSOR_STORE, "which is an input")
 

@@ -20,12 +20,12 @@ GlobalSpan global_cells(Launch &launch, uint64_t address) { return {launch.cells
 
 Cell *shared_cells(Cta &cta, uint32_t offset) { return &cta.shared.cells[offset / 4]; }
 
-void mark(Warp &w, Cta &cta, const Piece &p, uint32_t read, bool load, int change) {
+void mark(Warp &w, Cta &cta, const Piece &p, uint32_t read, int change) {
   Launch &launch = w.launch();
-  cta.shared.shadow.in_flight(shared_cells(cta, p.shared), p.shared, p.bytes, load, change);
+  cta.shared.shadow.in_flight(shared_cells(cta, p.shared), p.shared, p.bytes, true, change);
   by_page(p.global, read, [&](uint64_t at, uint32_t n) {
     const GlobalSpan g = global_cells(launch, at);
-    g.shadow->in_flight(g.cells, at, n, !load, change);
+    g.shadow->in_flight(g.cells, at, n, false, change);
   });
 }
 
@@ -59,7 +59,7 @@ void copy_in(Launch &launch, Cta &cta, const Piece &p, uint32_t read, const Acto
 }
 
 void finish_copy(Warp &w, const CpAsync &c, const Actor &writer) {
-  mark(w, *w.cta, c.piece, c.read, true, -1);
+  mark(w, *w.cta, c.piece, c.read, -1);
   copy_in(w.launch(), *w.cta, c.piece, c.read, writer);
 }
 
@@ -165,7 +165,7 @@ void cp_async(Warp &w, const Inst &in, Mask m) {
     }
     c.piece.shared = (uint32_t)(to[l] - kSharedBase);
     shared.shadow->probe(shared.cells, c.piece.shared, (unsigned)in.c, true, who);
-    mark(w, *w.cta, c.piece, c.read, true, 1);
+    mark(w, *w.cta, c.piece, c.read, 1);
     w.async.copies.push_back(c);
     done |= 1u << l;
     launch.counters.async_load_bytes += c.read;

@@ -65,7 +65,7 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
     w.launch().stop = true;
     return Flow::kJumped;
   }
-  if (!gather(w, f, in, required, key, all)) return Flow::kWait;
+  if (!gather(w, f, required, key, all)) return Flow::kWait;
   if (id > 15 || (in.d && (threads == 0 || threads % 32 || threads > 1024))) {
     w.launch().report("barrier", &w, first, &in, "expected a barrier from 0 to 15 and a thread count that is a multiple of 32 up to 1024, got barrier " +
                       std::to_string(id) + " for " + std::to_string(threads) + " threads");
@@ -76,9 +76,6 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
   if (b.expected >= 0 && b.expected != (int)threads)
     w.launch().report("barrier", &w, first, &in, "barrier " + std::to_string(id) + " expects " + std::to_string(b.expected) + " threads since " +
                       w.launch().program->where(*b.first) + ", this arrival says " + std::to_string(threads));
-  for (const Waiting &waiting : b.waiting)
-    if (waiting.warp == &w)
-      w.launch().report("barrier", &w, first, &in, "this warp already waits at barrier " + std::to_string(id));
   if (b.expected < 0) {
     b.first = &in;
     b.first_warp = &w;
@@ -360,7 +357,7 @@ Flow cluster_barrier(Warp &w, Fragment &f, const Inst &in) {
   Cluster &cluster = *w.cta->cluster;
   ClusterBarrier &b = cluster.barrier;
   std::vector<Fragment *> all{&f};
-  if (in.c && !gather(w, f, in, ~w.exited, 0x30000000u + f.pc, all)) return Flow::kWait;
+  if (in.c && !gather(w, f, ~w.exited, 0x30000000u + f.pc, all)) return Flow::kWait;
   Mask lanes = 0;
   for (const Fragment *part : all) lanes |= part->mask;
   if (in.a == 0) {

@@ -17,7 +17,6 @@ struct WaitFor {
   enum Kind : uint8_t { kNothing, kBarrier, kCollective, kClusterBarrier, kWarpGroup };
   Kind kind = kNothing;
   uint32_t key = 0;   // kCollective: the operation
-  Mask members = 0;   // kCollective: lanes that take part
 };
 
 struct Waiting {
@@ -71,7 +70,7 @@ struct ClusterBarrier {
 
 // Brings the lanes of `required` together at an operation: true once all of them are there, with their fragments in `all`
 // (f among them). Otherwise f waits. Lanes at other statements take part if those are the same operation (equal key).
-bool gather(Warp &warp, Fragment &f, const Inst &in, Mask required, uint32_t key, std::vector<Fragment *> &all);
+bool gather(Warp &warp, Fragment &f, Mask required, uint32_t key, std::vector<Fragment *> &all);
 
 // Called when lanes exit: implicit thread counts shrink, so a barrier or collective may complete.
 void barriers_after_exit(Warp &warp);

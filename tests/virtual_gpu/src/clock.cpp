@@ -4,11 +4,6 @@
 
 namespace vgpu {
 
-void ClockBuilder::clear() {
-  chunks_.clear();
-  frozen_ = last_ = Ref<Clock>();
-}
-
 void ClockBuilder::join(const Ref<Clock> &clock) {
   if (!clock || clock == last_ || clock == frozen_) return;
   last_ = clock;

@@ -64,7 +64,6 @@ class ClockBuilder {
   Ref<Clock> freeze();  // what was joined so far; the builder goes on from it
   bool empty() const { return !frozen_ && chunks_.empty(); }
   Ref<Clock> freeze_if_any() { return empty() ? Ref<Clock>() : freeze(); }
-  void clear();
 
  private:
   Ref<Chunk> &mine(uint32_t cta, uint32_t components);

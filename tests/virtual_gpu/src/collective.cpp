@@ -6,7 +6,7 @@
 
 namespace vgpu {
 
-bool gather(Warp &warp, Fragment &f, const Inst &, Mask required, uint32_t key, std::vector<Fragment *> &all) {
+bool gather(Warp &warp, Fragment &f, Mask required, uint32_t key, std::vector<Fragment *> &all) {
   Mask there = f.mask;
   all.assign(1, &f);
   for (Fragment &other : warp.fragments) {
@@ -17,7 +17,6 @@ bool gather(Warp &warp, Fragment &f, const Inst &, Mask required, uint32_t key, 
   if (there == required) return true;
   f.wait.kind = WaitFor::kCollective;
   f.wait.key = key;
-  f.wait.members = required;
   return false;
 }
 
@@ -178,7 +177,7 @@ Flow collective(Warp &w, Fragment &f, const Inst &in) {
   }
   const Mask required = members & ~w.exited;
   std::vector<Fragment *> all;
-  if (!gather(w, f, in, required, (uint32_t)in.offset ^ members * 2654435761u, all)) return Flow::kWait;
+  if (!gather(w, f, required, (uint32_t)in.offset ^ members * 2654435761u, all)) return Flow::kWait;
   const Inst *insts[32];
   for (const Fragment *part : all)
     for (Mask m = part->mask; m; m &= m - 1) insts[__builtin_ctz(m)] = part == &f ? &in : &w.launch().program->code[part->pc];

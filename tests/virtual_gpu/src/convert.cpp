@@ -86,8 +86,8 @@ double integral(double x, int mode) {
   return mode == kNearest ? std::rint(x) : mode == kZero ? std::trunc(x) : mode == kDown ? std::floor(x) : std::ceil(x);
 }
 
-// "In float-to-integer conversions, NaN input results in: zero if source is not .f64 and destination is not .s64, .u64;
-// otherwise 1 << (BitWidth(dst) - 1)." Others are clamped to the range of the destination. (9.7.9 cvt)
+// NaN becomes 0 if neither side has 64 bits, else the integer of which only the top bit is set; what is beyond the range of the
+// destination becomes its nearest end. (9.7.9 cvt)
 void cvt_to_integer(Warp &w, const Inst &in, Mask m) {
   double x[32];
   int64_t to[32];

@@ -513,8 +513,8 @@ void Decoder::run() {
   if (program_.units > 60000 || code.size() > 65000) throw std::runtime_error("kernel " + program_.kernel->name + " is too large for the virtual GPU");
 }
 
-Program *make_program(const Module &module, const Kernel &kernel) {
-  Program *program = new Program;
+std::unique_ptr<Program> make_program(const Module &module, const Kernel &kernel) {
+  std::unique_ptr<Program> program(new Program);
   program->module = &module;
   program->kernel = &kernel;
   std::map<std::string, uint64_t> symbols;

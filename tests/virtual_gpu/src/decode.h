@@ -2,6 +2,7 @@
 // function. A statement that no decoder takes gets one that stops the launch with its text.
 #pragma once
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -68,6 +69,6 @@ bool decode_tensor_copy(Decoder &d, const Statement &s, Inst &in);
 bool decode_matrix(Decoder &d, const Statement &s, Inst &in);
 bool decode_wgmma(Decoder &d, const Statement &s, Inst &in);
 
-Program *make_program(const Module &module, const Kernel &kernel);
+std::unique_ptr<Program> make_program(const Module &module, const Kernel &kernel);
 
 }  // namespace vgpu

@@ -562,7 +562,6 @@ void Launch::deadlock() {
 }
 
 void Launch::finish() {
-  counters.launches = 1;
   for (size_t i = 0; i < program->code.size(); ++i) {
     if (!executions[i]) continue;
     const Inst &in = program->code[i];

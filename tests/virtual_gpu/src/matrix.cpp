@@ -20,7 +20,7 @@ bool whole_warp(Warp &w, Fragment &f, const Inst &in, std::vector<Fragment *> &a
     return false;
   }
   *flow = Flow::kWait;
-  return gather(w, f, in, kAllLanes, 0x40000000u + f.pc, all);
+  return gather(w, f, kAllLanes, 0x40000000u + f.pc, all);
 }
 
 // Runs `body` for the whole warp and moves its fragments on.

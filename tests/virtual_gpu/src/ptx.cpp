@@ -408,7 +408,6 @@ class Parser {
   void location() {
     next();
     Location::Line line = position();
-    std::string key;
     Location l;
     l.lines.push_back(line);
     l.caller = caller_;

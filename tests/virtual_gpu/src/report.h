@@ -18,7 +18,6 @@ class Reports {
  public:
   // Keeps the first of each kind and source line; false when there are more than `limit`.
   bool add(const Report &report, int limit);
-  const std::vector<Report> &all() const { return reports_; }
   void clear() { reports_.clear(); counts_.clear(); }
   std::string json() const;
 
@@ -36,7 +35,7 @@ struct Counters {
   uint64_t shared_wavefronts = 0, shared_conflicts = 0;  // beyond the least number that the access needs
   std::map<std::string, uint64_t> conflicts_by_line;
   std::map<std::string, uint64_t> stale_loads_by_line;   // strong loads that did not return the newest value
-  uint64_t barriers = 0, launches = 0;
+  uint64_t barriers = 0;
   std::map<std::string, uint64_t> executed_by_line;      // warp instructions of the matrix and async classes, by source line
 };
 

@@ -62,7 +62,7 @@ Program *LoadedModule::program(const std::string &name) {
   std::unique_ptr<Program> &p = programs[name];
   if (!p)
     for (const auto &kernel : module->kernels)
-      if (kernel->name == name) p.reset(make_program(*module, *kernel));
+      if (kernel->name == name) p = make_program(*module, *kernel);
   return p.get();
 }
 

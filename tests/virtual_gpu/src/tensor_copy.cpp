@@ -190,8 +190,12 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
       }
       uint32_t shared = place.offset;
       uint32_t index[5] = {};
-      const uint32_t rows = count[1] * count[2] * count[3] * count[4];
-      for (uint32_t row = 0; row < rows; ++row) {
+      const uint64_t rows = (uint64_t)count[1] * count[2] * count[3] * count[4];
+      if (rows * row_bytes > w.cta->shared.data.size()) {
+        launch.report("out-of-range", &w, l, &in, "a box of " + std::to_string(rows * row_bytes) + " bytes, more than there is of shared memory");
+        continue;
+      }
+      for (uint64_t row = 0; row < rows; ++row) {
         bool inside = true;
         uint64_t address = map.address;
         for (int i = 1; i < in.a; ++i) {

@@ -143,7 +143,7 @@ bool whole(Warp &w, Fragment &f, const Inst &in, std::vector<Fragment *> &all, F
     *flow = Flow::kJumped;
     return false;
   }
-  return gather(w, f, in, kAllLanes, 0x50000000u + f.pc, all);
+  return gather(w, f, kAllLanes, 0x50000000u + f.pc, all);
 }
 
 void go_on(Warp &w, Fragment &f, const std::vector<Fragment *> &all) {
