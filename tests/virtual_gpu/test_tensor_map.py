@@ -24,7 +24,9 @@ def test_maps_that_do_not_fit():
                 "3 dimensions in a copy of 2")
     LOAD.caught(run(vgpu.TensorMap(tensor, (32, 64), 128)), "out-of-range", TENSOR_LOAD,
                 "a box of 4096 bytes, more than there is of shared memory")
-    LOAD.caught(run(vgpu.TensorMap(longer, (16, 64), 128), row=30), "out-of-range", TENSOR_LOAD, "behind the 5120 bytes of tensor")
+    beyond = aligned(128, np.uint8)  # the map in global memory: as an argument its array would be mapped
+    beyond[:] = vgpu.encode(vgpu.library().c.vgpu_encode_tiled, vgpu.TensorMap(longer, (16, 64), 128), tensor.ctypes.data)
+    LOAD.caught(run(beyond, row=30), "out-of-range", TENSOR_LOAD, "behind the 5120 bytes of tensor")
     STORE.caught(run(vgpu.TensorMap(tensor, (16, 64), 128), written=()), "read-only", TENSOR_STORE, "which is an input")
 
 
