@@ -77,6 +77,24 @@ def twins(body):
     return [re.sub(r"<<(.*?)\|(.*?)>>", rf"\{i}", body, flags=re.DOTALL) for i in (1, 2)]
 
 
+# What else may follow from a mistake that Kernel.caught looks for, beside the same kind at other statements.
+FOLLOWS = {
+    # What should be ordered is not.
+    "barrier": ("race", "exited-block"),
+    "exited-block": ("race", "uninitialised"),
+    # What was refused is not done: somebody waits for it, reads it, or the transactions are left over.
+    "deadlock": ("mbarrier",), "descriptor": ("deadlock",), "misaligned": ("deadlock", "mbarrier"), "mbarrier": ("deadlock", "race"),
+    "out-of-range": ("deadlock", "uninitialised", "in-flight", "read-only"),
+    # The same conflict after the copy's end; values that are not there yet, and a kernel that traps at them; a copy beyond its block's end.
+    "in-flight": ("race", "uninitialised", "mbarrier", "exited-block", "trap"),
+    # What comes too early finds nothing, no mbarrier, no fence, or a copy at work, and its signal counts for the phase before.
+    "race": ("uninitialised", "in-flight", "mbarrier", "proxy", "barrier", "exited-block", "deadlock"),
+    # As an address, count or coordinate.
+    "uninitialised": ("deadlock", "mbarrier", "out-of-range"),
+    # Neither the registers nor the operands are free.
+    "wgmma": ("in-flight", "uninitialised")}
+
+
 class Kernel:
     """A body for sm_90a with what `run` takes beside it, and bodies made from it by replacing pieces of text."""
 
@@ -96,12 +114,14 @@ class Kernel:
 
     def caught(self, run, kind, at, text="", least=None):
         """Each run(self, seed) must end in a report whose kind matches, at the one line that holds `at`, whose text matches `text`;
-        or at least so many of eight, where the schedule decides what goes wrong first."""
+        or at least so many of eight, where the schedule decides what goes wrong first. Other kinds of report are those that follow."""
         where, = lines_with(at, self.body)
+        kinds = {*kind.split("|")}.union(*(FOLLOWS.get(k, ()) for k in kind.split("|")))
         hits = 0
         for seed in range(8 if least else 3):
             with pytest.raises(vgpu.Failure) as failure:
                 run(self, seed)
+            assert {r["kind"] for r in failure.value.reports} <= kinds, f"expected {kind} and what follows from it, got\n{failure.value}"
             hits += any(re.fullmatch(kind, r["kind"]) and r["where"] == where and re.search(text, r["text"]) for r in failure.value.reports)
             assert hits > seed or least, f"expected {kind} at {where}, got\n{failure.value}"
         assert hits >= (least or 3), f"{hits} of 8 schedules showed {kind} at {where}, the last one\n{failure.value}"

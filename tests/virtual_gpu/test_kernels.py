@@ -78,6 +78,25 @@ PLANTED = [  # source, run, kernel, bug, kind of report
     (SM90, runs.dependent_launch, "add_values", "no_dependency_wait", "race"),
 ]
 IN_TEXT = ("wrong_bytes",)  # a deadlock is reported where one warp waits; its text says where the others do
+# Reports that follow from a bug: the kind, and a piece of the line. Else nothing is reported.
+A80, B80, COPY80, OUT80, OUT = "ldmatrix_x4(fa", "ldmatrix_x4(fb", "cp_async_16(stage", "c[(int64_t)row * n", "out[t] = shared[t"
+A90, B90, PAIR, PRODUCT = "tma_load_2d(to, &a_map", "tma_load_2d(to + kOperandBytes, &b_map", "tma_load_2d_multicast(to", "wgmma_m64n128k16(sum, da"
+STAGING, STORE, FULL, EMPTY, EXPECT = "stmatrix_x4(out", "tma_store_2d(&c_map", "mbarrier_try_wait(full", "mbarrier_try_wait(empty", "expect_tx(full"
+STALE = {("in-flight", B80), ("race", A80), ("race", B80), ("uninitialised", OUT80)}  # all operands; their sums are stored
+FOLLOWS = {
+    "missing_wait": STALE | {("in-flight", COPY80)}, "wrong_group_count": STALE | {("in-flight", COPY80)},  # a warp ends before its copies
+    "missing_barrier": STALE | {("in-flight", A80), ("race", COPY80)},  # other warps' copies: awaited by none but these
+    "global_off_by_one": {("uninitialised", OUT)}, "shared_off_by_one": {("uninitialised", OUT)},  # what was not read is stored
+    "divergent_barrier": {("race", OUT)},  # no barrier
+    "wrong_parity": {(kind, line) for kind in ("in-flight", "race") for line in (A90, B90)} | {("mbarrier", EXPECT)},  # the other way round
+    "early_release": {("in-flight", B90), ("race", A90), ("race", B90), ("in-flight", PRODUCT)},  # both operands, then what is copied is read
+    "read_before_wait": {("in-flight", A90), ("in-flight", B90), ("in-flight", PRODUCT)},  # the last stage is released too early as well
+    "no_init_fence": {("proxy", B90)},  # of the same mbarrier
+    "no_cluster_barrier": {("race", "mbarrier_arrive_cluster(empty"), ("proxy", PAIR), ("mbarrier", PAIR), ("deadlock", EMPTY)},  # signals are lost
+    # The bytes of the box are not those that are expected, and two copies write the same bytes.
+    "load_box": {(kind, line) for kind in ("in-flight", "race") for line in (A90, B90, PRODUCT)} | {("deadlock", EMPTY), ("deadlock", FULL),
+                                                                                                    ("mbarrier", EXPECT)},
+    "store_box": {(kind, line) for kind in ("in-flight", "race") for line in (STAGING, STORE)}}  # the box has the other warpgroup's rows too
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,9 +104,14 @@ IN_TEXT = ("wrong_bytes",)  # a deadlock is reported where one warp waits; its t
 def test_planted_bugs_are_caught(source, run, twin, bug, kind, seed):
     with pytest.raises(vgpu.Failure) as failure:
         run(module(source, seed), f"{twin}_{bug}")
-    line = caught_at(source, bug)
-    places = [r["text" if bug in IN_TEXT else "where"] for r in failure.value.reports if r["kind"] == kind]
-    assert any(re.search(rf"\b{re.escape(line)}\b", place) for place in places), (line, str(failure.value))
+    line, found = caught_at(source, bug), 0
+    for r in failure.value.reports:
+        if r["kind"] == kind and re.search(rf"\b{re.escape(line)}\b", r["text" if bug in IN_TEXT else "where"]):
+            found += 1
+        else:
+            text = LINES[source][int(re.search(rf"{source}:(\d+)", r["where"])[1]) - 1]
+            assert any(r["kind"] == k and piece in text for k, piece in FOLLOWS.get(bug, ())), (line, r, text)
+    assert found, (line, str(failure.value))
     # The twin is in runs.CORRECT.
     assert any(kernel in (twin, f"{twin}_correct") for _, kernel, _ in runs.CORRECT)
 
