@@ -196,7 +196,8 @@ KERNEL places(uint32_t *out) {
   asm("mov.u32 %0, %%lanemask_ge;" : "=r"(ge));
   asm("mov.u32 %0, %%lanemask_le;" : "=r"(le));
   asm("mov.u32 %0, %%lanemask_gt;" : "=r"(gt));
-  const uint32_t values[17] = {threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z, blockDim.x * 10000 + blockDim.y * 100 + blockDim.z,
+  const uint32_t values[17] = {threadIdx.x, threadIdx.y, threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z,
+                               blockDim.x * 10000 + blockDim.y * 100 + blockDim.z,
                                gridDim.x * 10000 + gridDim.y * 100 + gridDim.z, lane, warp, warps, __activemask(), lt, le, eq, ge, gt};
   for (int i = 0; i < 17; ++i) mine[i] = values[i];
 }

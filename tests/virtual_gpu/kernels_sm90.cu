@@ -112,7 +112,8 @@ __device__ void gemm(const CUtensorMap &a_map, const CUtensorMap &b_map, const C
       named_barrier_sync(1 + group, 128);
       if (thread == 0) {
         const int row = (tile % rows * kCluster + (int)rank) * kTile + group * 64, column = tile / rows * kTile;
-        for (int half = 0; half < 2; ++half) tma_store_2d(&c_map, out + half * 64 * 128, column + half * 64, row);  // caught: no_proxy_fence_store, store_box
+        for (int half = 0; half < 2; ++half)
+          tma_store_2d(&c_map, out + half * 64 * 128, column + half * 64, row);  // caught: no_proxy_fence_store, store_box
         bulk_commit();
       }
     }
@@ -127,7 +128,8 @@ __device__ void gemm(const CUtensorMap &a_map, const CUtensorMap &b_map, const C
 
 #define GEMM(name, cluster, bug)                                                                                              \
   extern "C" __global__ void __launch_bounds__(384, 1)                                                                       \
-      name(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap c, int m, int n, int k) { \
+      name(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap c,     \
+           int m, int n, int k) {                                                                                              \
     gemm<cluster, bug>(a, b, c, m, n, k);                                                                                     \
   }
 GEMM(gemm_sm90, 1, kNone)

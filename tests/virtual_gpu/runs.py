@@ -50,7 +50,8 @@ def ticket_sum(module, kernel, blocks=20, n=3000):
 
 def split_dot(module, kernel, rows=40, columns=64):
     rng = np.random.default_rng(3)
-    x, y, out = rng.standard_normal((rows, columns)).astype(np.float32), rng.standard_normal(columns).astype(np.float32), np.zeros((2, rows), np.float32)
+    x, y = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, columns), columns))
+    out = np.zeros((2, rows), np.float32)
     module.launch(kernel, grid=2, block=64, args=[x, y, out, np.int32(rows), np.int32(columns)], written={2}, fresh={2})
     np.testing.assert_allclose(out.sum(0), x.astype(np.float64) @ y, atol=1e-4)
 

@@ -28,7 +28,8 @@ __global__ void add_one(int *x) {
 }
 
 // 0, or the number of the step that failed times 1000 and the error. allowed: dynamic shared memory that is asked for first.
-extern "C" __attribute__((visibility("default"))) int runtime_calls(int *in, int *out, int *zeros, int rows, int columns, int cluster, int wide, int allowed) {
+extern "C" __attribute__((visibility("default")))
+int runtime_calls(int *in, int *out, int *zeros, int rows, int columns, int cluster, int wide, int allowed) {
   const auto step = [](int number, int error) { return error ? number * 1000 + error : 0; };
   void *found = nullptr, *missing = nullptr;
   cudaDriverEntryPointQueryResult status;

@@ -164,6 +164,7 @@ def run_between(kernel, seed=0, random_completion=False):
 @MODES
 def test_proxy_fence_on_either_side(seed, random_completion):
     run_between(BETWEEN, seed, random_completion)
-    run_between(BETWEEN.edit("fence.proxy.async.global; // of the writer", "").edit("// of the reader", "fence.proxy.async;"), seed, random_completion)
+    run_between(BETWEEN.edit("fence.proxy.async.global; // of the writer", "").edit("// of the reader", "fence.proxy.async;"), seed,
+                random_completion)
     without = BETWEEN.edit("fence.proxy.async.global; // of the writer", "fence.proxy.async.shared::cta;")
     without.caught(run_between, "proxy", "[%smem], [x], 256", "ordinary store")

@@ -234,4 +234,5 @@ def test_polls_that_end_by_themselves(poll, ends, seed):
         run(body, x, out, block=64, seed=seed)
         assert out.all()
     else:
-        caught("deadlock", body.replace(" // caught", "").replace("\n@%p1", " @%p1").replace(poll, poll + " // caught\n"), x, out, block=64, seed=seed)
+        caught("deadlock", body.replace(" // caught", "").replace("\n@%p1", " @%p1").replace(poll, poll + " // caught\n"), x, out, block=64,
+               seed=seed)

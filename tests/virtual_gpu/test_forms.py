@@ -101,7 +101,8 @@ def test_a_guess_is_what_the_loop_alone_uses(case):
 LOOP = ["ld.global.u32 %r5, [%a0]; // caught", "mov.u32 %r1, %r5;", "L: add.u32 %r2, %r1, 1;", "atom.global.cas.b32 %r3, [%a0], %r1, %r2; // caught",
         "setp.ne.u32 %p1, %r3, %r1; mov.u32 %r1, %r3; @%p1 bra L;", "st.global.u32 [%x1], %r3;"]
 MORE_THAN_A_GUESS = {
-    "used after the loop": (5, "st.global.u32 [%x1], %r5;"), "a copy is used after the loop": (1, "mov.u32 %r6, %r5; mov.u32 %r1, %r6; mov.u32 %r7, %r6;",
+    "used after the loop": (5, "st.global.u32 [%x1], %r5;"),
+    "a copy is used after the loop": (1, "mov.u32 %r6, %r5; mov.u32 %r1, %r6; mov.u32 %r7, %r6;",
                                                                                              "st.global.u32 [%x1], %r7;"),
     "half of it is used after the loop": (5, "mov.b32 {%h1, %h2}, %r5; st.global.u16 [%x1], %h1;"),
     "stored in the loop": (2, "L: st.global.u32 [%x1], %r1; add.u32 %r2, %r1, 1;"),

@@ -180,7 +180,8 @@ def test_refused_launches():
     args = [x, out, np.int32(256)]
     for shape, why in [(dict(grid=0, block=256), "a grid of 0"), (dict(grid=1, block=288), "__launch_bounds__ says at most 256"),
                        (dict(grid=(1, 70000), block=256), "a grid of 70000"), (dict(grid=1, block=2048), "a block of 2048"),
-                       (dict(grid=1, block=256, shared=200000), "bytes of dynamic shared memory"), (dict(grid=2, block=256, cluster=(2,)), "a cluster on sm_80")]:
+                       (dict(grid=1, block=256, shared=200000), "bytes of dynamic shared memory"),
+                       (dict(grid=2, block=256, cluster=(2,)), "a cluster on sm_80")]:
         with pytest.raises(vgpu.LaunchError, match=why):
             mod.launch("reverse_correct", args=args, **shape)
     assert not out.any()

@@ -237,7 +237,8 @@ def encode(function, tensor, pointer):
     memory = memory[-memory.ctypes.data % 64:][:128]
     dims, strides = (ctypes.c_uint64 * a.ndim)(*a.shape[::-1]), (ctypes.c_uint64 * a.ndim)(*a.strides[-2::-1])
     box, ones = (ctypes.c_uint32 * a.ndim)(*tensor.box[::-1]), (ctypes.c_uint32 * a.ndim)(*[1] * a.ndim)
-    status = function(ctypes.c_void_p(memory.ctypes.data), TensorMap.TYPES[a.dtype.name], a.ndim, ctypes.c_void_p(pointer), dims, strides, box, ones, 0,
+    status = function(ctypes.c_void_p(memory.ctypes.data), TensorMap.TYPES[a.dtype.name], a.ndim, ctypes.c_void_p(pointer), dims, strides, box,
+                      ones, 0,
                       {0: 0, 32: 1, 64: 2, 128: 3}[tensor.swizzle], 0, 0)
     if status:
         raise LaunchError(f"cuTensorMapEncodeTiled refused a box of {tensor.box} of shape {a.shape}")
@@ -294,7 +295,8 @@ class Gpu:
 
     def call(self, op, outputs=(), **fields):
         """An op of the C API on numpy arrays. outputs: names of the fields that it only writes; they may be strided."""
-        arrays = [(name, x, name in outputs or name in MUTATED.get(op, ()), name not in outputs) for name, x in fields.items() if isinstance(x, np.ndarray)]
+        arrays = [(name, x, name in outputs or name in MUTATED.get(op, ()), name not in outputs)
+                  for name, x in fields.items() if isinstance(x, np.ndarray)]
         self.start()
         context = self.lib.context(arch={80: "sm80", 90: "sm90"}[self.arch], device="cuda")
         size = self.lib.workspace_size(op, context, **fields)

@@ -568,7 +568,8 @@ bool decode_arithmetic(Decoder &d, const Statement &s, Inst &in) {
   static const std::unordered_map<std::string, bool (*)(Form &, Plan &)> families = {
       {"add", add_sub<RealAdd, Add>}, {"sub", add_sub<RealSub, Sub>}, {"mul", mul}, {"mad", mad}, {"fma", fma},
       {"div", div}, {"rem", div_rem<Rem>}, {"abs", abs}, {"neg", neg}, {"min", min_max<RealMin, Min>},
-      {"max", min_max<RealMax, Max>}, {"sad", ternary<Sad, Types<uint32_t, int32_t>>}, {"popc", count<PopC, Words>}, {"clz", count<Clz, Words>}, {"bfind", bfind},
+      {"max", min_max<RealMax, Max>}, {"sad", ternary<Sad, Types<uint32_t, int32_t>>}, {"popc", count<PopC, Words>}, {"clz", count<Clz, Words>},
+      {"bfind", bfind},
       {"brev", unary<BRev, Words>}, {"bfe", typed<Bfe, SignedWords, Self, Self, uint32_t, uint32_t>},
       {"bfi", typed<Bfi, Words, Self, Self, Self, uint32_t, uint32_t>}, {"prmt", ternary<Prmt, Word>},
       {"lop3", typed<Lop3, Word, Self, Self, Self, Self, Self>}, {"shf", shf}, {"shl", shift<ShiftLeft, Integers>},

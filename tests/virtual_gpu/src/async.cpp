@@ -268,7 +268,9 @@ void complete_store(Launch &launch, BulkCopy &copy) {
     for (uint32_t i = 0; i < p.bytes; ++i) all_valid &= copy.captured_valid[from + i];
     from += p.bytes;
   }
-  if (!all_valid) launch.report("uninitialised", copy.warp, copy.lane, copy.inst, "an undefined value reaches global memory: the copy read shared memory that was never written");
+  if (!all_valid)
+    launch.report("uninitialised", copy.warp, copy.lane, copy.inst,
+                  "an undefined value reaches global memory: the copy read shared memory that was never written");
   ++launch.changes;
 }
 

@@ -61,13 +61,15 @@ Flow named_barrier(Warp &w, Fragment &f, const Inst &in) {
   // .aligned: all threads of the warp are at this very instruction.
   const uint32_t key = in.c ? 0x10000000u + f.pc : 0x20000000u + id;
   if (in.c && w.exited != w.absent) {
-    w.launch().report("divergent-collective", &w, first, &in, "an aligned barrier of a warp of which some lanes have exited: all of them must execute it");
+    w.launch().report("divergent-collective", &w, first, &in,
+                      "an aligned barrier of a warp of which some lanes have exited: all of them must execute it");
     w.launch().stop = true;
     return Flow::kJumped;
   }
   if (!gather(w, f, required, key, all)) return Flow::kWait;
   if (id > 15 || (in.d && (threads == 0 || threads % 32 || threads > 1024))) {
-    w.launch().report("barrier", &w, first, &in, "expected a barrier from 0 to 15 and a thread count that is a multiple of 32 up to 1024, got barrier " +
+    w.launch().report("barrier", &w, first, &in,
+                      "expected a barrier from 0 to 15 and a thread count that is a multiple of 32 up to 1024, got barrier " +
                       std::to_string(id) + " for " + std::to_string(threads) + " threads");
     w.launch().stop = true;
     return Flow::kJumped;
@@ -193,7 +195,8 @@ MBarrier *find_mbarrier(Warp &w, int lane, const Inst &in, uint64_t address, Cta
 void mbarrier_arrive(Cta &cta, MBarrier &b, uint32_t count, const Actor &who) {
   if (count > (uint64_t)b.pending) {
     cta.launch->report("mbarrier", who.warp, __builtin_ctz(who.lanes), who.inst, "this arrival of " + std::to_string(count) + " is more than the " +
-                       std::to_string(b.pending) + " of " + std::to_string(b.count) + " that the mbarrier's phase " + std::to_string(b.phase) + " still expects");
+                       std::to_string(b.pending) + " of " + std::to_string(b.count) + " that the mbarrier's phase " + std::to_string(b.phase) +
+                       " still expects");
     cta.launch->stop = true;
     return;
   }
@@ -206,7 +209,8 @@ void mbarrier_transactions(Cta &cta, MBarrier &b, int64_t bytes, const Actor &wh
   b.transactions += bytes;
   b.had_transactions = true;
   if (b.transactions >= 1 << 20 || b.transactions <= -(1 << 20))
-    cta.launch->report("mbarrier", who.warp, __builtin_ctz(who.lanes), who.inst, "the mbarrier's transaction count leaves its range: " + std::to_string(b.transactions));
+    cta.launch->report("mbarrier", who.warp, __builtin_ctz(who.lanes), who.inst,
+                       "the mbarrier's transaction count leaves its range: " + std::to_string(b.transactions));
   ++cta.launch->changes;
   if (bytes < 0) settle(cta, b);
 }
@@ -232,7 +236,8 @@ Flow mbarrier_object(Warp &w, Fragment &f, const Inst &in) {
     check_poison(w, in, w.unit_poison[in.r[1]] & 1u << l, "the count of an mbarrier");
     const uint32_t count = w.at<uint32_t>(in.r[1])[l];
     if (count < 1 || count >= 1 << 20) launch.report("mbarrier", &w, l, &in, "expected a count from 1 to 2^20 - 1, got " + std::to_string(count));
-    if (all.count((uint32_t)address)) launch.report("mbarrier", &w, l, &in, "an mbarrier lives here already: mbarrier.inval comes before another init");
+    if (all.count((uint32_t)address))
+      launch.report("mbarrier", &w, l, &in, "an mbarrier lives here already: mbarrier.inval comes before another init");
     MBarrier &b = all[(uint32_t)address];
     b = MBarrier();
     b.count = count;
@@ -461,7 +466,8 @@ void check_barriers_at_exit(Cta &cta) {
   }
   for (const auto &[address, b] : cta.barriers.mbarriers)
     if (b.transactions || !b.waited)
-      launch.report("mbarrier", cta.warps[0].get(), 0, b.last, "the block ends, and nobody waited for the transactions of the mbarrier at shared address " +
+      launch.report("mbarrier", cta.warps[0].get(), 0, b.last,
+                    "the block ends, and nobody waited for the transactions of the mbarrier at shared address " +
                     launch.shared_byte((uint32_t)address));
 }
 

@@ -10,7 +10,8 @@ bool gather(Warp &warp, Fragment &f, Mask required, uint32_t key, std::vector<Fr
   Mask there = f.mask;
   all.assign(1, &f);
   for (Fragment &other : warp.fragments) {
-    if (&other == &f || !other.mask || other.state != Fragment::kWaiting || other.wait.kind != WaitFor::kCollective || other.wait.key != key) continue;
+    if (&other == &f || !other.mask || other.state != Fragment::kWaiting || other.wait.kind != WaitFor::kCollective ||
+        other.wait.key != key) continue;
     all.push_back(&other);
     there |= other.mask;
   }

@@ -159,7 +159,8 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int ind
   return cudaSuccess;
 }
 
-cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned int, unsigned long long, cudaDriverEntryPointQueryResult *status) {
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned int, unsigned long long,
+                                             cudaDriverEntryPointQueryResult *status) {
   const bool known = !strcmp(symbol, "cuTensorMapEncodeTiled");
   *function = known ? (void *)vgpu::encode_tiled : nullptr;
   if (status) *status = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;

@@ -12,7 +12,8 @@ namespace vgpu {
 using Mask = uint32_t;  // bit l: lane l
 using Slot = uint16_t;  // 32-bit slots are one unit of 32 x uint32_t; 64-bit slots two; predicates have their own file
 
-enum class Type : uint8_t { kNone, kPred, kU8, kU16, kU32, kU64, kS8, kS16, kS32, kS64, kB8, kB16, kB32, kB64, kF16, kF16x2, kBF16, kBF16x2, kF32, kF64 };
+enum class Type : uint8_t { kNone, kPred, kU8, kU16, kU32, kU64, kS8, kS16, kS32, kS64, kB8, kB16, kB32, kB64,
+                           kF16, kF16x2, kBF16, kBF16x2, kF32, kF64 };
 
 inline int type_bytes(Type t) {
   switch (t) {

@@ -234,7 +234,9 @@ uint64_t flushed(uint64_t bits) { return bits & 0x7f800000 ? bits : bits & 0x800
 uint64_t atom_value(const Inst &in, uint64_t old, uint64_t a, uint64_t b) {
   float x, y;
   double dx, dy;
-  const auto pair = [&](auto add) { return (uint64_t)add((uint16_t)old, (uint16_t)a) | (uint64_t)add((uint16_t)(old >> 16), (uint16_t)(a >> 16)) << 16; };
+  const auto pair = [&](auto add) {
+    return (uint64_t)add((uint16_t)old, (uint16_t)a) | (uint64_t)add((uint16_t)(old >> 16), (uint16_t)(a >> 16)) << 16;
+  };
   const auto add_f16 = [](uint16_t p, uint16_t q) { return f16_bits(half_to_float(false, p) + half_to_float(false, q)); };
   const auto add_bf16 = [](uint16_t p, uint16_t q) { return bf16_bits((double)half_to_float(true, p) + half_to_float(true, q)); };
   switch (in.type) {
@@ -364,7 +366,8 @@ void mapa(Warp &w, const Inst &in, Mask m) {
     const uint64_t a = w.address(in.r[1], l, in.b), offset = a & ((1u << kClusterShift) - 1);
     const uint32_t rank = w.at<uint32_t>(in.r[2])[l];
     if (m >> l & 1 && rank >= w.cta->cluster->ctas.size())
-      w.launch().report("out-of-range", &w, l, &in, "block " + std::to_string(rank) + " of a cluster of " + std::to_string(w.cta->cluster->ctas.size()));
+      w.launch().report("out-of-range", &w, l, &in,
+                        "block " + std::to_string(rank) + " of a cluster of " + std::to_string(w.cta->cluster->ctas.size()));
     v[l] = (in.a ? kSharedWindow : 0) | (uint64_t)(rank + 1) << kClusterShift | offset;
     narrow[l] = (uint32_t)v[l];
   }
@@ -429,7 +432,8 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
     if (in.vector * type_bytes(in.type) > 16) return false;
     const bool shared = in.space == Space::kShared || in.space == Space::kSharedCluster;
     if (op == "ld") {
-      in.klass = shared ? Class::kLoadShared : in.space == Space::kLocal ? Class::kLocal : in.space == Space::kParam ? Class::kMove : Class::kLoadGlobal;
+      in.klass = shared ? Class::kLoadShared : in.space == Space::kLocal ? Class::kLocal
+                 : in.space == Space::kParam ? Class::kMove : Class::kLoadGlobal;
       in.c = s.has("nc");
       const Operand &first = in.vector > 1 ? s.operands[0].elements[0] : s.operands[0];
       for (unsigned e = 1; e < in.vector; ++e)

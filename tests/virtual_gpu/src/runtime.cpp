@@ -91,7 +91,8 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
   if (!program) return refuse("there is no such kernel for this architecture");
   const int target = loaded.module->target;
   if (loaded.module->arch_specific ? target != options.architecture : target > options.architecture)
-    return refuse("code for sm_" + std::to_string(target) + (loaded.module->arch_specific ? "a" : "") + " on a device of sm_" + std::to_string(options.architecture));
+    return refuse("code for sm_" + std::to_string(target) + (loaded.module->arch_specific ? "a" : "") +
+                  " on a device of sm_" + std::to_string(options.architecture));
   Launch launch;
   launch.program = program;
   launch.options = options;
@@ -114,19 +115,24 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
                     std::to_string(program->kernel->cluster[i]));
     threads *= shape.block[i];
     cluster *= launch.cluster[i];
-    if (shape.grid[i] == 0 || shape.grid[i] > limits[i]) return refuse("a grid of " + std::to_string(shape.grid[i]) + " blocks in dimension " + std::to_string(i));
+    if (shape.grid[i] == 0 || shape.grid[i] > limits[i])
+      return refuse("a grid of " + std::to_string(shape.grid[i]) + " blocks in dimension " + std::to_string(i));
     if (shape.grid[i] % launch.cluster[i]) return refuse("a grid that is not whole clusters in dimension " + std::to_string(i));
   }
   if (threads == 0 || threads > 1024 || shape.block[2] > 64)
-    return refuse("a block of " + std::to_string(threads) + " threads, " + std::to_string(shape.block[2]) + " in z: expected 1 to 1024, and 64 in z at most");
+    return refuse("a block of " + std::to_string(threads) + " threads, " + std::to_string(shape.block[2]) +
+                  " in z: expected 1 to 1024, and 64 in z at most");
   if (program->kernel->max_threads && threads > (uint64_t)program->kernel->max_threads)
-    return refuse("a block of " + std::to_string(threads) + " threads, __launch_bounds__ says at most " + std::to_string(program->kernel->max_threads));
+    return refuse("a block of " + std::to_string(threads) + " threads, __launch_bounds__ says at most " +
+                  std::to_string(program->kernel->max_threads));
   if (program->kernel->required_threads && threads != (uint64_t)program->kernel->required_threads)
-    return refuse("a block of " + std::to_string(threads) + " threads, the kernel requires " + std::to_string(program->kernel->required_threads));
+    return refuse("a block of " + std::to_string(threads) + " threads, the kernel requires " +
+                  std::to_string(program->kernel->required_threads));
   if (cluster > 1 && options.architecture < 90) return refuse("a cluster on sm_80");
   if (cluster > (function.wide_clusters ? 16u : 8u)) return refuse("a cluster of " + std::to_string(cluster) + " blocks");
   if (shape.dynamic_shared > (uint64_t)function.max_dynamic_shared || shape.dynamic_shared + program->shared_bytes > (uint64_t)max_shared())
-    return refuse(std::to_string(shape.dynamic_shared) + " bytes of dynamic shared memory; allowed are " + std::to_string(function.max_dynamic_shared) +
+    return refuse(std::to_string(shape.dynamic_shared) + " bytes of dynamic shared memory; allowed are " +
+                  std::to_string(function.max_dynamic_shared) +
                   " (cudaFuncAttributeMaxDynamicSharedMemorySize), and " + std::to_string(max_shared()) + " with static ones");
   launch.dynamic_shared = (uint32_t)shape.dynamic_shared;
   launch.shared_bytes = program->shared_bytes + launch.dynamic_shared;
@@ -145,7 +151,8 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
   if (shape.cooperative) {
     const uint64_t blocks = (uint64_t)shape.grid[0] * shape.grid[1] * shape.grid[2];
     const size_t most = launch.capacity();
-    if (blocks > most) return refuse("a cooperative grid of " + std::to_string(blocks) + " blocks, of which " + std::to_string(most) + " are resident at once");
+    if (blocks > most)
+      return refuse("a cooperative grid of " + std::to_string(blocks) + " blocks, of which " + std::to_string(most) + " are resident at once");
     launch.workspace = (uint64_t)&barrier;
     memory.map(launch.workspace, sizeof(barrier), "the barrier of the grid", true, true);
   }
@@ -221,7 +228,8 @@ VGPU_API void vgpu_unload(void *module) {
   delete loaded;
 }
 
-VGPU_API int vgpu_launch(void *module, const char *kernel, const uint32_t *grid, const uint32_t *block, const uint32_t *cluster, uint64_t dynamic_shared,
+VGPU_API int vgpu_launch(void *module, const char *kernel, const uint32_t *grid, const uint32_t *block, const uint32_t *cluster,
+                         uint64_t dynamic_shared,
                          int programmatic, int cooperative, void **args) {
   vgpu::LaunchShape shape;
   memcpy(shape.grid, grid, 12);

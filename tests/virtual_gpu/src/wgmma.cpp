@@ -59,7 +59,8 @@ void read_tile(Cta &cta, const Descriptor &d, Type type, bool k_major, int begin
       memcpy(&x, &cta.shared.data[offset + (uint32_t)e * 2], 2);
       const int r = along_k ? row : row + e, c = along_k ? k + e : k;
       out[(size_t)(r - begin) * kK + (size_t)c] = to_float(type, x);
-      if (!cta.shared.shadow.valid(&cta.shared.cells[(offset + (uint32_t)e * 2) / 4], offset + (uint32_t)e * 2, 2)) poison[(size_t)(r - begin)] = true;
+      if (!cta.shared.shadow.valid(&cta.shared.cells[(offset + (uint32_t)e * 2) / 4], offset + (uint32_t)e * 2, 2))
+        poison[(size_t)(r - begin)] = true;
     }
   };
   if (k_major)
@@ -178,7 +179,8 @@ Flow mma_async(Warp &w, Fragment &f, const Inst &in) {
     if (v != 0 && v != kAllLanes) say("descriptor", "scale-d differs between the lanes of a warp");
   }
   if (check_poison(w, in, undefined, "a descriptor or scale of wgmma")) return launch.stop = true, Flow::kJumped;
-  if (!same(b[0], op.b_descriptor) || (!shape.a_registers && !same(a[0], op.a_descriptor))) say("descriptor", "the descriptor differs between the lanes of a warp");
+  if (!same(b[0], op.b_descriptor) || (!shape.a_registers && !same(a[0], op.a_descriptor)))
+    say("descriptor", "the descriptor differs between the lanes of a warp");
   WarpGroup &group = group_of(w);
   for (const Warp *other : group.warps)
     for (const WgmmaOp &theirs : other->matrix.pending)
@@ -326,7 +328,8 @@ void wgmma_check(Warp &w, const Inst &in) {
   const size_t i = (size_t)(&in - w.launch().program->code.data());
   const auto say = [&](const char *what) {
     for (const WgmmaOp &op : m.pending) {
-      w.launch().report("wgmma", &w, 0, &in, std::string(what) + " the wgmma at " + w.launch().program->where(*op.inst) + ", which was not waited for");
+      w.launch().report("wgmma", &w, 0, &in,
+                        std::string(what) + " the wgmma at " + w.launch().program->where(*op.inst) + ", which was not waited for");
       return;
     }
   };
