@@ -44,12 +44,15 @@ REFUSED = {  # what differs from a launch that is right, or a function; the erro
     "many": (dict(args=[X, OUT, X]), ValueError, "takes 2 arguments, got 3"),
     "objects": (dict(args=[X, np.array([{}])]), ValueError, "argument 1: expected plain numbers .* got object"),
     "big_endian": (dict(args=[X.astype(">u4"), OUT]), ValueError, "argument 0: expected plain numbers .* got >u4"),
+    "an_object": (dict(args=[X, object()]), ValueError, "argument 1: expected an array, a number, a tensor map or None, got <object"),
+    "text": (dict(args=[X, "ab"]), ValueError, "argument 1: expected an array, a number, a tensor map or None, got 'ab'"),
     "written": (dict(written=0), ValueError, "written and fresh: expected sets of indices, got 0"),
     "fresh": (dict(fresh=1), ValueError, "written and fresh: expected sets of indices"),
     "grid": (dict(grid=1.9), ValueError, "grid: expected an integer from 0 to 4294967295, got 1.9"),
     "grid_of_four": (dict(grid=(1, 1, 1, 1)), ValueError, "grid: expected one to three dimensions"),
     "block": (dict(block="32"), ValueError, "block: expected an integer"),
-    "block_z": (dict(block=(1, 1, 65)), vgpu.LaunchError, "65 in z: expected 1 to 1024, and 64 in z at most"),
+    "block_z": (dict(block=(1, 1, 65)), vgpu.LaunchError, "a block of 1 x 1 x 65 threads: expected 1 to 1024 in all, and 64 in z at most"),
+    "block_beyond_64_bits": (dict(block=(3126356144, 3687748457, 8)), vgpu.LaunchError, "a block of 3126356144 x 3687748457 x 8 threads"),  # modulo 2^64
     "cluster": (dict(cluster=(-1,)), ValueError, "cluster: expected an integer"),
     "shared": (dict(shared=-16), ValueError, "shared: expected an integer"),
     "no_shared": (dict(shared=None), ValueError, "shared: expected an integer .* got None"),
@@ -62,6 +65,9 @@ REFUSED = {  # what differs from a launch that is right, or a function; the erro
     "map_of_a_number": (lambda: vgpu.TensorMap(np.uint16(1), ()), ValueError, "a tensor map: expected an array"),
     "map_of_doubles": (lambda: vgpu.TensorMap(np.zeros((8, 8)), (8, 8)), ValueError, "a tensor map: expected an array .* got dtype..float64"),
     "box": (lambda: vgpu.TensorMap(np.zeros((8, 8), np.uint16), (8,)), ValueError, "box: expected 2 dimensions, got"),
+    "no_box": (lambda: vgpu.TensorMap(np.zeros((8, 8), np.uint16), None), ValueError, "box: expected 2 dimensions, got None"),
+    "box_of_none": (lambda: vgpu.TensorMap(np.zeros((8, 8), np.uint16), (8, None)), ValueError, "box: expected an integer .* got None"),
+    "big_endian_map": (lambda: vgpu.TensorMap(np.zeros((8, 8), ">u2"), (8, 8)), ValueError, "expected an array .* got dtype..>u2"),
     "swizzle": (lambda: vgpu.TensorMap(np.zeros((8, 8), np.uint16), (8, 8), 16), ValueError, "swizzle: expected 0, 32, 64 or 128, got 16"),
 }
 
@@ -122,3 +128,6 @@ mov.u32 %r1, %clock; mov.u32 %r2, %clock; setp.le.and.u32 %p1, %r1, %r2, %p1;
 mov.u64 %l1, %globaltimer; mov.u64 %l2, %globaltimer; setp.le.and.u64 %p1, %l1, %l2, %p1;
 selp.u32 %r3, 1, 0, %p1; st.global.u32 [%x0], %r3;""", out, block=64, arch=90)
     assert out.all()
+    run("cp.async.bulk.prefetch.tensor.2d.L2.global [map, {%t, 0}]; st.global.u32 [out], 7;", out, vgpu.TensorMap(np.zeros((64, 64), np.uint16), (8, 8)),
+        names="out map", block=1, arch=90)
+    assert out[0] == 7

@@ -93,5 +93,25 @@ def test_launches(cuda):
     assert len(cuda.launches) == 1 and not cuda.memory
 
 
+def test_arrays_that_overlap(cuda):
+    """They have one buffer, in which each lies where it does on the host; one of no bytes has none."""
+    gpu, x = silicon.Gpu(), np.arange(64, dtype=np.int32)
+    with gpu.mapped([("x", x[:40], False, True), ("end", x[8:], True, True), ("none", x[:0], True, True)]):
+        (base, memory), = cuda.memory.items()
+        np.testing.assert_array_equal(memory.view(np.int32), x)
+        assert [gpu.pointer(part) - base for part in (x, x[8:], x[4:20:2], x[::-1])] == [0, 32, 16, 252] and gpu.pointer(x[:0]) == 0
+        memory.view(np.int32)[60] = 99
+        with gpu.mapped([("part", x[4:8], True, True)]):
+            assert cuda.calls["cuMemAlloc_v2"] == 1
+        assert x[60] == 60
+    assert x[60] == 99 and not gpu.arrays and not cuda.memory
+
+
+def test_unknown_settings(cuda):
+    with pytest.raises(TypeError, match="colour"):
+        silicon.Gpu(colour=3)
+    assert silicon.Gpu(arch=80, seed=1, random_completion=True, sm_count=2, instruction_limit=10**5, max_reports=1).arch == 80
+
+
 def test_library_ptx():
     assert silicon.Gpu.library_ptx() == vgpu.Gpu.library_ptx() != []

@@ -143,6 +143,8 @@ def values_of(args, params, pointer, encoder):
             value = encode(encoder, x, pointer(x.array))
         else:
             value = np.array(np.uint64(0 if x is None else pointer(x)) if x is None or isinstance(x, np.ndarray) else x)
+        if value.dtype.kind not in "biufcV" or value.dtype.hasobject:
+            raise ValueError(f"argument {i}: expected an array, a number, a tensor map or None, got {x!r}")
         if value.nbytes != size or (kind != "b" and (kind == "f") != (value.dtype.kind == "f")):
             raise ValueError(f"argument {i}: the kernel takes {size} bytes of type .{kind}, got {value.nbytes} of {value.dtype}")
         values.append(value)
@@ -219,16 +221,16 @@ class TensorMap:
     TYPES = {"uint8": 0, "uint16": 9, "float16": 6, "float32": 7, "int32": 3}  # uint16 holds bfloat16
 
     def __init__(self, array, box, swizzle=0):
-        if not isinstance(array, np.ndarray) or array.ndim < 1 or array.dtype.name not in self.TYPES:
+        if not isinstance(array, np.ndarray) or array.ndim < 1 or array.dtype.name not in self.TYPES or not array.dtype.isnative:
             raise ValueError(f"a tensor map: expected an array of one of {list(self.TYPES)}, got {getattr(array, 'dtype', array)!r}")
-        if len(box) != array.ndim:
+        if np.ndim(box) != 1 or len(box) != array.ndim:
             raise ValueError(f"a tensor map's box: expected {array.ndim} dimensions, got {box}")
         if swizzle not in (0, 32, 64, 128):
             raise ValueError(f"a tensor map's swizzle: expected 0, 32, 64 or 128, got {swizzle}")
         if array.strides[-1] != array.itemsize:
             raise ValueError(f"a tensor map's innermost dimension is contiguous: expected a stride of {array.itemsize} bytes, "
                              f"got {array.strides[-1]}")
-        self.array, self.box, self.swizzle = array, tuple(box), swizzle
+        self.array, self.box, self.swizzle = array, tuple(whole("a tensor map's box", n, 2**32) for n in box), swizzle
 
 
 def encode(function, tensor, pointer):

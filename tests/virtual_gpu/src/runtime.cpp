@@ -119,9 +119,9 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
       return refuse("a grid of " + std::to_string(shape.grid[i]) + " blocks in dimension " + std::to_string(i));
     if (shape.grid[i] % launch.cluster[i]) return refuse("a grid that is not whole clusters in dimension " + std::to_string(i));
   }
-  if (threads == 0 || threads > 1024 || shape.block[2] > 64)
-    return refuse("a block of " + std::to_string(threads) + " threads, " + std::to_string(shape.block[2]) +
-                  " in z: expected 1 to 1024, and 64 in z at most");
+  if (threads == 0 || threads > 1024 || shape.block[0] > 1024 || shape.block[1] > 1024 || shape.block[2] > 64)  // the product may overflow
+    return refuse("a block of " + std::to_string(shape.block[0]) + " x " + std::to_string(shape.block[1]) + " x " + std::to_string(shape.block[2]) +
+                  " threads: expected 1 to 1024 in all, and 64 in z at most");
   if (program->kernel->max_threads && threads > (uint64_t)program->kernel->max_threads)
     return refuse("a block of " + std::to_string(threads) + " threads, __launch_bounds__ says at most " +
                   std::to_string(program->kernel->max_threads));
