@@ -145,7 +145,7 @@ MALFORMED = {
     "too many registers": (".entry g() { .reg .b32 %r<99999999>; }", "too many registers"),
     "a branch to a register": (".entry g() { .reg .b32 %r<2>; bra %r1; }", "no label"),
     "a table of functions": (".func h() { ret; }\n.global .align 8 .u64 table[1] = {h};", 'at "h": the variable table is initialised with an address'),
-    "a target of another kind": (".target x", "not a target"), "huge global memory": (".global .b8 big[0x1000000000000000];", "bad_alloc"),
+    "a target of another kind": (".target x", "not a target"), "huge global memory": (".global .b8 big[0x1000000000000000];", "the variable big has 1152921504606846976 bytes, more than 4 GiB"),
     "nonsense": ("bogus", "not covered at module scope")}
 
 

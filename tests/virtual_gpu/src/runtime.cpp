@@ -48,6 +48,7 @@ std::unique_ptr<LoadedModule> Device::load(const std::string &ptx) {
   loaded->module = parse_ptx(loaded->text);
   for (Variable &v : loaded->module->variables) {
     if (v.space == Space::kShared) continue;
+    if (v.bytes > 1ull << 32) throw std::runtime_error("the variable " + v.name + " has " + std::to_string(v.bytes) + " bytes, more than 4 GiB");
     std::vector<uint8_t> bytes(v.bytes + v.align, 0);
     const uint64_t address = ((uint64_t)bytes.data() + v.align - 1) / v.align * v.align;
     std::copy_n(v.initial.begin(), std::min<size_t>(v.initial.size(), v.bytes), (uint8_t *)address);
