@@ -477,12 +477,13 @@ void Decoder::run() {
   for (size_t i = 0; i < code.size(); ++i) {
     const Statement &s = code[i];
     Inst &in = program_.code[i];
+    const bool known = known_form(*program_.kernel, s);
     bool done = false;
-    for (const Family family : families) {
+    for (size_t f = 0; known && f < std::size(families); ++f) {
       in = Inst();
       operands_.clear(), defined_.clear(), used_.clear();
       try {
-        done = known_form(*program_.kernel, s) && family(*this, s, in);
+        done = families[f](*this, s, in);
       } catch (const Uncovered &) {
         done = false;
       }

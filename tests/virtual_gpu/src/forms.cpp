@@ -53,9 +53,10 @@ const std::pair<const char *, const char *> forms[] = {
            "(TYPE [r_]a|.v2TYPE [RD]2a|.v4TYPE [RD]4a)"},
     {"st", "(.weak|.volatile|.(relaxed|release).SCOPE|.mmio.relaxed.sys)?SPACE?(.wb|.cg|.cs|.wt)?HINTS(TYPE aS|.v2TYPE a[RV]2|.v4TYPE a[RV]4)"},
     // 9.7.13.5 atom, 9.7.13.6 red. CUDA's headers have the order behind the operation too.
-    {"atom", "ORDERSPACE?((INTEGER_OP|REAL_OP|.exch.b(32|64)) [r_]aS|.cas.b(16|32|64) [r_]aSS|BY_2 [RD]2a[RV]2|BY_4 [RD]4a[RV]4|BY_8 [RD]8a[RV]8)|"
+    {"atom", "ORDERSPACE?((INTEGER_OP|REAL_OP|.exch.b(32|64)) [r_]aS|.cas.b(16|32|64) [r_]aSS)|"
+             "ORDER.global(BY_2 [RD]2a[RV]2|BY_4 [RD]4a[RV]4|BY_8 [RD]8a[RV]8)|"
              ".add.(acquire|release|acq_rel).SCOPE.u32 [r_]aS"},
-    {"red", "ORDERSPACE?((INTEGER_OP|REAL_OP) aS|BY_2 a[RV]2|BY_4 a[RV]4|BY_8 a[RV]8)"},
+    {"red", "ORDERSPACE?(INTEGER_OP|REAL_OP) aS|ORDER.global(BY_2 a[RV]2|BY_4 a[RV]4|BY_8 a[RV]8)"},
     {"cvta", "(.to)?SPACE.u64 rS"}, {"isspacep", "SPACE pS"}, {"mapa", "(.shared::cluster)?.u(32|64) rSS"},
     {"prefetch", "((.global|.local)?.L[12]|.global.L2::evict_(last|normal)|(.const|.param)?.tensormap) a"}, {"prefetchu", ".L1 a"},
     {"createpolicy", ".fractional(.L2::evict_(last|normal|first|unchanged))+.b64 ri?"}, {"applypriority", "(.global)?.L2::evict_normal ai"},

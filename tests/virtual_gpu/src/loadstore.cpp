@@ -70,16 +70,6 @@ void addresses_of(Warp &w, const Inst &in, Slot base, Mask m, uint64_t *out) {
   for (int l = 0; l < 32; ++l) out[l] = w.address(base, l, in.d) + (uint64_t)in.offset;
 }
 
-Space space_of_window(uint64_t address) {
-  switch (address >> 56 << 56) {
-    case kSharedWindow: return Space::kShared;
-    case kLocalWindow: return Space::kLocal;
-    case kParamWindow: return Space::kParam;
-    case kConstWindow: return Space::kConst;
-    default: return Space::kGlobal;
-  }
-}
-
 // r: d of each element, base. in.type; in.type2: kU16 if the destination is a 16-bit register; in.vector; in.a: Order;
 // in.b: Scope; in.c: non-coherent.
 void load(Warp &w, const Inst &in, Mask m) {
@@ -123,7 +113,7 @@ void load(Warp &w, const Inst &in, Mask m) {
       (in_shared ? shared : global) |= 1u << l;
       const uint64_t at = span.at;
       span.shadow->touch(span.cells, at, bytes, false, actor(w, l, in, strength(in)));
-      const Replaced *const old = strong ? old_value(w, l, in, span, bytes, false) : nullptr;
+      Replaced *const old = strong ? old_value(w, l, in, span, bytes, false) : nullptr;
       if (old) memcpy(data[l], old->data, bytes);
       if (old || !span.shadow->valid(span.cells, at, bytes))
         for (unsigned i = 0; i < bytes; ++i)
@@ -264,78 +254,61 @@ uint64_t atom_value(const Inst &in, uint64_t old, uint64_t a, uint64_t b) {
 }
 
 // r: d of each element (kNoSlot for red), base, a of each, [b of cas]. in.a: Order; in.b: Scope; in.c: AtomOp. The elements of a
-// vector are atomics of their own (9.7.13.5). Gives the old values, and the lanes where they are undefined.
-Mask atom_element(Warp &w, const Inst &in, Mask m, unsigned element, uint64_t *old) {
-  const unsigned bytes = (unsigned)type_bytes(in.type), all = bytes * in.vector;
-  const bool wide = bytes == 8;
-  const Slot base = in.r[in.vector], operand = in.r[in.vector + 1 + element];
-  uint64_t address[32];
-  addresses_of(w, in, base, m, address);
-  Mask poison = 0, global = 0, shared = 0;
+// vector are atomics of their own (9.7.13.5).
+void atom(Warp &w, const Inst &in, Mask m) {
+  const unsigned element = (unsigned)type_bytes(in.type), bytes = element * in.vector;
+  const bool wide = element == 8, observes = in.r[0] != kNoSlot;
+  uint64_t address[32], old[8][32] = {};
+  addresses_of(w, in, in.r[in.vector], m, address);
+  Mask poison[8] = {}, undefined = 0, global = 0, shared = 0;
+  for (unsigned i = in.vector + 1; i < in.count; ++i) undefined |= w.unit_poison[in.r[i]];
   for (Mask rest = m; rest; rest &= rest - 1) {
     const int l = __builtin_ctz(rest);
-    check_poison(w, in, (w.unit_poison[operand] | (in.c == kCas ? w.unit_poison[in.r[3]] : 0)) & 1u << l, "an atomic");
-    Span span = resolve(w, l, in, in.space, address[l], all, all, true);
-    if (!span.data) continue;
-    if (!span.cells) {
+    check_poison(w, in, undefined & 1u << l, "an atomic");
+    const Span whole = resolve(w, l, in, in.space, address[l], bytes, bytes, true);
+    if (!whole.data) continue;
+    if (!whole.cells) {
       w.launch().report("uncovered", &w, l, &in, "an atomic of local or constant memory");
       continue;
     }
-    span.cells += ((span.at & 3) + element * bytes) / 4, span.at += element * bytes, span.data += element * bytes;
-    const bool in_shared = is_shared(span.space);
+    const bool in_shared = is_shared(whole.space);
     (in_shared ? shared : global) |= 1u << l;
-    const uint64_t at = span.at;
-    const bool valid = span.shadow->valid(span.cells, at, bytes);
-    if (!valid && in.c == kExch)
-      poison |= 1u << l;
-    else if (!valid)
-      check_poison(w, in, 1u << l, "an atomic: the memory it changes was never written");
-    memcpy(&old[l], span.data, bytes);
-    const uint64_t a = w.address(operand, l, wide), b = in.c == kCas ? w.address(in.r[3], l, wide) : 0;
-    const bool flush = in.type == Type::kF32 && !in_shared;
-    uint64_t now = flush ? atom_value(in, flushed(old[l]), flushed(a), b) : atom_value(in, old[l], a, b);
-    if (flush) now = flushed(now);
-    const uint64_t changes = w.launch().changes;
-    const bool writes = !(in.c == kCas && old[l] != a);
-    old_value(w, l, in, span, bytes, true);
-    if (writes) replace(w, l, span, bytes);
-    span.shadow->touch(span.cells, at, bytes, true, actor(w, l, in, strength(in)), in.r[element] != kNoSlot);
-    if (now == old[l]) w.launch().changes = changes;  // nobody can tell: a failed attempt is no progress
-    memcpy(span.data, &now, bytes);
-    w.looked = true;
-    if (in.r[element] != kNoSlot) observe(w, l, span, nullptr, in.a, in.b & 1);  // red is no acquire pattern (8.8)
-    if (writes) publish(w, l, span, in.a, in.b & 1, true);
+    for (unsigned e = 0; e < in.vector; ++e) {
+      Span span = whole;
+      span.cells += ((span.at & 3) + e * element) / 4, span.at += e * element, span.data += e * element;
+      const bool valid = span.shadow->valid(span.cells, span.at, element);
+      if (!valid && in.c == kExch)
+        poison[e] |= 1u << l;
+      else if (!valid)
+        check_poison(w, in, 1u << l, "an atomic: the memory it changes was never written");
+      memcpy(&old[e][l], span.data, element);
+      const uint64_t a = w.address(in.r[in.vector + 1 + e], l, wide), b = in.c == kCas ? w.address(in.r[3], l, wide) : 0;
+      const bool flush = in.type == Type::kF32 && !in_shared;
+      uint64_t now = flush ? atom_value(in, flushed(old[e][l]), flushed(a), b) : atom_value(in, old[e][l], a, b);
+      if (flush) now = flushed(now);
+      const uint64_t changes = w.launch().changes;
+      const bool writes = !(in.c == kCas && old[e][l] != a);
+      old_value(w, l, in, span, element, true);
+      if (writes) replace(w, l, span, element);
+      span.shadow->touch(span.cells, span.at, element, true, actor(w, l, in, strength(in)), observes);
+      if (now == old[e][l]) w.launch().changes = changes;  // nobody can tell: a failed attempt is no progress
+      memcpy(span.data, &now, element);
+      w.looked = true;
+      if (observes) observe(w, l, span, nullptr, in.a, in.b & 1);  // red is no acquire pattern (8.8)
+      if (writes) publish(w, l, span, in.a, in.b & 1, true);
+    }
   }
-  if (element) global = 0;  // counted with the first
-  Counters &c = w.launch().counters;
-  c.global_load_bytes += (uint64_t)__builtin_popcount(global) * all;
-  if (global) count_global(w, address, global, all, true);
+  w.launch().counters.global_load_bytes += (uint64_t)__builtin_popcount(global) * bytes;
+  if (global) count_global(w, address, global, bytes, true);
   if (shared) count_shared(w, in, address, shared, bytes);
-  return poison;
-}
-
-void atom(Warp &w, const Inst &in, Mask m) {
-  uint64_t old[8][32] = {};
-  Mask poison[8];
-  for (unsigned e = 0; e < in.vector; ++e) poison[e] = atom_element(w, in, m, e, old[e]);
   for (unsigned e = 0; e < in.vector; ++e) {
     uint32_t narrow[32];
     for (int l = 0; l < 32; ++l) narrow[l] = (uint32_t)old[e][l];
-    type_bytes(in.type) == 8 ? store_lanes(w, in.r[e], old[e], m, poison[e]) : store_lanes(w, in.r[e], narrow, m, poison[e]);
+    wide ? store_lanes(w, in.r[e], old[e], m, poison[e]) : store_lanes(w, in.r[e], narrow, m, poison[e]);
   }
 }
 
 // ------------------------------------------------------------------------------------------------------------ addresses
-
-uint64_t window_of(Space s) {
-  switch (s) {
-    case Space::kShared: case Space::kSharedCluster: return kSharedWindow;
-    case Space::kLocal: return kLocalWindow;
-    case Space::kParam: return kParamWindow;
-    case Space::kConst: return kConstWindow;
-    default: return 0;
-  }
-}
 
 // r: d, a. in.a: to the space (else from it)
 void cvta(Warp &w, const Inst &in, Mask m) {
@@ -461,9 +434,6 @@ bool decode_memory(Decoder &d, const Statement &s, Inst &in) {
     in.c = -1;
     for (int i = 0; i < 10; ++i)
       if (s.has(names[i])) in.c = i;
-    const bool is_float = in.type == Type::kF32 || in.type == Type::kF64 || in.type == Type::kF16 || in.type == Type::kBF16 ||
-                          in.type == Type::kF16x2 || in.type == Type::kBF16x2;
-    if (in.vector > 1 && (in.space != Space::kGlobal || !is_float || in.type == Type::kF64)) return false;
     if (in.a == kWeak) in.a = kRelaxed;
     in.klass = Class::kAtomic;
     size_t i = 0;

@@ -350,6 +350,27 @@ Cell *GlobalMemory::cells(uint64_t address, const LaunchOrder &order) {
 
 // ------------------------------------------------------------------------------------------------------- resolving
 
+// PTX ISA 5.1.1 ff.
+Space space_of_window(uint64_t address) {
+  switch (address >> 56 << 56) {
+    case kSharedWindow: return Space::kShared;
+    case kLocalWindow: return Space::kLocal;
+    case kParamWindow: return Space::kParam;
+    case kConstWindow: return Space::kConst;
+    default: return Space::kGlobal;
+  }
+}
+
+uint64_t window_of(Space space) {
+  switch (space) {
+    case Space::kShared: case Space::kSharedCluster: return kSharedWindow;
+    case Space::kLocal: return kLocalWindow;
+    case Space::kParam: return kParamWindow;
+    case Space::kConst: return kConstWindow;
+    default: return 0;
+  }
+}
+
 Actor actor(Warp &warp, int lane, const Inst &in, uint8_t flags) {
   const Lane &l = warp.lanes[(size_t)lane];
   return {&warp.launch(), &warp, &in, l.clock.get(), &l, warp.cta->index, warp.epoch, 1u << lane, (uint8_t)warp.index,
@@ -376,23 +397,10 @@ Span resolve(Warp &warp, int lane, const Inst &in, Space space, uint64_t address
   if (address % align)
     return fail("misaligned", verb + std::to_string(bytes) + " bytes at address " + hex(address) + ", which is not a multiple of " + std::to_string(align));
 
-  if (space == Space::kGeneric) {  // PTX ISA 5.1.1 ff.: the windows of generic addresses
-    const uint64_t window = address >> 56 << 56;
-    if (window == kSharedWindow) {
-      space = Space::kSharedCluster;
-      address -= kSharedWindow;
-    } else if (window == kLocalWindow) {
-      space = Space::kLocal;
-      address -= kLocalWindow;
-    } else if (window == kParamWindow) {
-      space = Space::kParam;
-      address -= kParamWindow;
-    } else if (window == kConstWindow) {
-      space = Space::kConst;
-      address -= kConstWindow;
-    } else {
-      space = Space::kGlobal;
-    }
+  if (space == Space::kGeneric) {
+    space = space_of_window(address);
+    address -= window_of(space);
+    if (space == Space::kShared) space = Space::kSharedCluster;  // of any block of the cluster
   }
   if (space == Space::kGlobal || space == Space::kConst) {
     const Allocation *a = launch.global->find(address);

@@ -152,6 +152,8 @@ struct SharedMemory {
 // Where the windows of generic addresses lie, and where a block's shared memory begins in its window.
 constexpr uint64_t kSharedWindow = 0x0100000000000000, kLocalWindow = 0x0200000000000000, kParamWindow = 0x0300000000000000,
                    kConstWindow = 0x0400000000000000;
+Space space_of_window(uint64_t address);
+uint64_t window_of(Space space);  // 0: it has none
 constexpr uint32_t kSharedBase = 1024;      // the driver keeps the first KiB; so no shared object lies at 0
 constexpr uint32_t kClusterShift = 24;      // shared::cluster address: (rank + 1) << 24 | address, or a plain one for its own block
 

@@ -230,8 +230,7 @@ VGPU_API void vgpu_unload(void *module) {
 }
 
 VGPU_API int vgpu_launch(void *module, const char *kernel, const uint32_t *grid, const uint32_t *block, const uint32_t *cluster,
-                         uint64_t dynamic_shared,
-                         int programmatic, int cooperative, void **args) {
+                         uint64_t dynamic_shared, int programmatic, int cooperative, void **args) {
   vgpu::LaunchShape shape;
   memcpy(shape.grid, grid, 12);
   memcpy(shape.block, block, 12);

@@ -27,13 +27,13 @@ Access by(const Warp &w, int lane) {
 
 }  // namespace
 
-const Replaced *old_value(Warp &w, int lane, const Inst &in, const Span &span, unsigned bytes, bool atomic) {
+Replaced *old_value(Warp &w, int lane, const Inst &in, const Span &span, unsigned bytes, bool atomic) {
   Launch &launch = w.launch();
   const uint64_t key = key_of(w, span);
   const auto found = launch.strong.replaced.find(key / 16);
   if (found == launch.strong.replaced.end()) return nullptr;
   const Actor who = actor(w, lane, in);
-  const Replaced *old = nullptr;
+  Replaced *old = nullptr;
   for (Replaced &r : found->second) {
     if (r.key + r.bytes <= key || r.key >= key + bytes) continue;
     // No value is read that is older than a write which precedes the read in causality order (8.10, axiom "Causality"): by itself, by a
@@ -50,8 +50,8 @@ const Replaced *old_value(Warp &w, int lane, const Inst &in, const Span &span, u
   return old;
 }
 
-void observe(Warp &w, int lane, const Span &span, const Replaced *old, int order, int scope) {
-  Published *from = old ? const_cast<Published *>(&old->published) : nullptr;
+void observe(Warp &w, int lane, const Span &span, Replaced *old, int order, int scope) {
+  Published *from = old ? &old->published : nullptr;
   if (!old) {
     const auto found = w.launch().strong.published.find(key_of(w, span));
     if (found == w.launch().strong.published.end()) return;

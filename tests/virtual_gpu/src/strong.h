@@ -46,9 +46,9 @@ struct StrongMemory {
 };
 
 // A load or atomic by a lane: the value that it may return instead of the newest, or null. An atomic always gets the newest.
-const Replaced *old_value(Warp &warp, int lane, const Inst &in, const Span &span, unsigned bytes, bool atomic);
+Replaced *old_value(Warp &warp, int lane, const Inst &in, const Span &span, unsigned bytes, bool atomic);
 // It takes over what was published with the value it got (8.8): at once if it acquires, else at its thread's next fence.
-void observe(Warp &warp, int lane, const Span &span, const Replaced *old, int order, int scope);
+void observe(Warp &warp, int lane, const Span &span, Replaced *old, int order, int scope);
 // A store or atomic: keeps the old value, before the new one is there.
 void replace(Warp &warp, int lane, const Span &span, unsigned bytes);
 // It publishes its thread's past if it releases (8.8), else what the thread's last fence published. A plain strong store ends the release
