@@ -148,7 +148,9 @@ SC, ACQUIRE_RELEASE = "fence.sc.gpu;", "fence.acq_rel.gpu;"
     ("store buffering", ACQUIRE_RELEASE, True), ("store buffering", "", True), ("message", ACQUIRE_RELEASE, False), ("message", "", True),
     ("message by atomics", "membar.gl;", False), ("message by atomics", "", True), ("write to read", ACQUIRE_RELEASE, False),
     ("write to read", "", True), ("two readers", ACQUIRE_RELEASE, True), ("two readers", "", True), ("one location", "", False),
-    ("message", "fence.acq_rel.cta;", True)])
+    ("message", "fence.acq_rel.cta;", True),
+    # Only morally strong fences are in one order (8.9.3).
+    ("store buffering", "fence.sc.cta;", True), ("store buffering", "membar.cta;", True)])
 def test_litmus(name, fence, possible):
     """Small programs of the memory-model literature: the surprising result shows under some seed if it may, and never if not."""
     blocks, surprise = LITMUS[name]
@@ -231,9 +233,3 @@ st.global.u32 [%a2], %r0;"""
             assert out[0] == 5
         else:
             caught("race", kernel, x, flag, out, grid=2, block=1, seed=seed)
-
-
-@pytest.mark.parametrize("fence", ("fence.sc.cta;", "membar.cta;"))
-def test_fences_of_a_block_order_nothing_between_blocks(fence):
-    """8.9.3: only morally strong fences are in one order."""
-    test_litmus("store buffering", fence, True)

@@ -8,6 +8,7 @@
 A launch that goes wrong raises Failure, whose reports say what, where and who. The same modules run on an NVIDIA GPU through
 silicon.Gpu.
 """
+import collections.abc
 import ctypes
 import functools
 import hashlib
@@ -176,18 +177,18 @@ def shape_of(grid, block, cluster):
 def arrays_of(args, written, fresh):
     """The memory of a launch's arguments, for mapped()."""
     arrays = [(i, x.array if isinstance(x, TensorMap) else x) for i, x in enumerate(args)]
-    if not all(isinstance(indices, (set, frozenset, tuple, list)) for indices in (written or (), fresh)) or written == 0:
+    arrays = {i: x for i, x in arrays if isinstance(x, np.ndarray)}
+    written = arrays.keys() if written is None else written
+    if not all(isinstance(indices, collections.abc.Collection) for indices in (written, fresh)):
         raise ValueError(f"written and fresh: expected sets of indices, got {written!r} and {fresh!r}")
-    for i, x in arrays:
-        if isinstance(x, np.ndarray) and (x.dtype.hasobject or not x.dtype.isnative):
+    for i in {*written, *fresh} - arrays.keys():
+        raise ValueError(f"written and fresh: expected indices of array arguments, got {i}")
+    for i, x in arrays.items():
+        if x.dtype.hasobject or not x.dtype.isnative:
             raise ValueError(f"argument {i}: expected plain numbers in this machine's byte order, got {x.dtype}")
-    for i in {*(written or ()), *fresh}:
-        if not (0 <= i < len(args) and isinstance(arrays[i][1], np.ndarray)):
-            raise ValueError(f"written and fresh: expected indices of array arguments, got {i}")
-    for i, x in arrays:
-        if isinstance(x, np.ndarray) and (written is None or i in written) and not x.flags.writeable:
+        if i in written and not x.flags.writeable:
             raise ValueError(f"argument {i}: a read-only array, and the kernel may write it")
-    return [(f"argument {i}", x, written is None or i in written, i not in fresh) for i, x in arrays if isinstance(x, np.ndarray)]
+    return [(f"argument {i}", x, i in written, i not in fresh) for i, x in arrays.items()]
 
 
 def memory_of(array):
@@ -240,8 +241,7 @@ def encode(function, tensor, pointer):
     dims, strides = (ctypes.c_uint64 * a.ndim)(*a.shape[::-1]), (ctypes.c_uint64 * a.ndim)(*a.strides[-2::-1])
     box, ones = (ctypes.c_uint32 * a.ndim)(*tensor.box[::-1]), (ctypes.c_uint32 * a.ndim)(*[1] * a.ndim)
     status = function(ctypes.c_void_p(memory.ctypes.data), TensorMap.TYPES[a.dtype.name], a.ndim, ctypes.c_void_p(pointer), dims, strides, box,
-                      ones, 0,
-                      {0: 0, 32: 1, 64: 2, 128: 3}[tensor.swizzle], 0, 0)
+                      ones, 0, {0: 0, 32: 1, 64: 2, 128: 3}[tensor.swizzle], 0, 0)
     if status:
         raise LaunchError(f"cuTensorMapEncodeTiled refused a box of {tensor.box} of shape {a.shape}")
     return memory
