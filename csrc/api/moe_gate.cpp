@@ -1,5 +1,6 @@
 #include "../cpu/ops.h"
 #include "check.h"
+#include "moe_routing_config.h"
 
 namespace mixtral::api {
 
@@ -19,18 +20,37 @@ mixtral_status check(const mixtral_context *context, const mixtral_moe_gate_para
   c.tensor("expert_offsets", p.expert_offsets, {experts + 1}, kI32, kContiguous);
   c.tensor("sorted_slots", p.sorted_slots, {tokens * p.top_k}, kI32, kContiguous);
   c.tensor("slot_rows", p.slot_rows, {tokens, p.top_k}, kI32, kContiguous);
-  c.cpu_only();
   return c.status();
 }
 
+namespace {
+
+cuda::RoutingConfig config_of(const mixtral_moe_gate_params &p) {
+  return routing_config(p.router_logits.shape[0], p.top_k, p.router_logits.shape[1]);
+}
+
+}  // namespace
 }  // namespace mixtral::api
 
-extern "C" size_t mixtral_moe_gate_workspace_size(const mixtral_context *, const mixtral_moe_gate_params *) { return 0; }
+extern "C" size_t mixtral_moe_gate_workspace_size(const mixtral_context *context, const mixtral_moe_gate_params *params) {
+  using namespace mixtral::api;
+  if (check(context, params) != MIXTRAL_OK || context->device_type == MIXTRAL_DEVICE_CPU) return 0;
+  return padded(config_of(*params).workspace_bytes);
+}
 
-extern "C" mixtral_status mixtral_moe_gate(const mixtral_context *context, const mixtral_moe_gate_params *params, void *, size_t,
-                                         void *stream) {
-  mixtral_status status = mixtral::api::check(context, params);
-  if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_moe_gate", *context, stream);
+extern "C" mixtral_status mixtral_moe_gate(const mixtral_context *context, const mixtral_moe_gate_params *params, void *given,
+                                         size_t given_bytes, void *stream) {
+  using namespace mixtral::api;
+  mixtral_status status = check(context, params);
+  if (status == MIXTRAL_OK) status = check_stream("mixtral_moe_gate", *context, stream);
   if (status != MIXTRAL_OK) return status;
+#ifdef MIXTRAL_EXT_WITH_CUDA
+  if (context->device_type == MIXTRAL_DEVICE_CUDA) {
+    const mixtral::cuda::RoutingConfig config = config_of(*params);
+    void *aligned = workspace("mixtral_moe_gate", padded(config.workspace_bytes), given, given_bytes, &status);
+    return status == MIXTRAL_OK ? mixtral::cuda::moe_gate(*context, *params, config, aligned, stream) : status;
+  }
+#endif
+  (void)given, (void)given_bytes;  // the CPU needs none
   return mixtral::cpu::moe_gate(*context, *params);
 }

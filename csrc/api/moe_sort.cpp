@@ -1,5 +1,6 @@
 #include "../cpu/ops.h"
 #include "check.h"
+#include "moe_routing_config.h"
 
 namespace mixtral::api {
 
@@ -18,18 +19,37 @@ mixtral_status check(const mixtral_context *context, const mixtral_moe_sort_para
   c.tensor("expert_offsets", p.expert_offsets, {(int64_t)p.num_experts + 1}, kI32, kContiguous);
   c.tensor("sorted_slots", p.sorted_slots, {tokens * top_k}, kI32, kContiguous);
   c.tensor("slot_rows", p.slot_rows, {tokens, top_k}, kI32, kContiguous);
-  c.cpu_only();
   return c.status();
 }
 
+namespace {
+
+cuda::RoutingConfig config_of(const mixtral_moe_sort_params &p) {
+  return routing_config(p.topk_ids.shape[0], p.topk_ids.shape[1], p.num_experts);
+}
+
+}  // namespace
 }  // namespace mixtral::api
 
-extern "C" size_t mixtral_moe_sort_workspace_size(const mixtral_context *, const mixtral_moe_sort_params *) { return 0; }
+extern "C" size_t mixtral_moe_sort_workspace_size(const mixtral_context *context, const mixtral_moe_sort_params *params) {
+  using namespace mixtral::api;
+  if (check(context, params) != MIXTRAL_OK || context->device_type == MIXTRAL_DEVICE_CPU) return 0;
+  return padded(config_of(*params).workspace_bytes);
+}
 
-extern "C" mixtral_status mixtral_moe_sort(const mixtral_context *context, const mixtral_moe_sort_params *params, void *, size_t,
-                                         void *stream) {
-  mixtral_status status = mixtral::api::check(context, params);
-  if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_moe_sort", *context, stream);
+extern "C" mixtral_status mixtral_moe_sort(const mixtral_context *context, const mixtral_moe_sort_params *params, void *given,
+                                         size_t given_bytes, void *stream) {
+  using namespace mixtral::api;
+  mixtral_status status = check(context, params);
+  if (status == MIXTRAL_OK) status = check_stream("mixtral_moe_sort", *context, stream);
   if (status != MIXTRAL_OK) return status;
+#ifdef MIXTRAL_EXT_WITH_CUDA
+  if (context->device_type == MIXTRAL_DEVICE_CUDA) {
+    const mixtral::cuda::RoutingConfig config = config_of(*params);
+    void *aligned = workspace("mixtral_moe_sort", padded(config.workspace_bytes), given, given_bytes, &status);
+    return status == MIXTRAL_OK ? mixtral::cuda::moe_sort(*context, *params, config, aligned, stream) : status;
+  }
+#endif
+  (void)given, (void)given_bytes;  // the CPU needs none
   return mixtral::cpu::moe_sort(*context, *params);
 }
