@@ -1,12 +1,14 @@
-"""The C API from C programs, compiled as strict C99 against the installed package through CMake and through pkg-config."""
+"""The C API from C programs, compiled as strict C99 against the installed package through CMake and through pkg-config, and from a C++
+program with the CUDA runtime."""
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+from example_checks import assert_example, assert_example_cuda
 
 SOURCES = Path(__file__).parent / "c"
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
@@ -24,8 +26,10 @@ def programs(request, c_prefix, tmp_path_factory):
     """A function that runs the program of that name."""
     build = tmp_path_factory.mktemp(request.param)
     if request.param == "cmake":
-        run("cmake", "-S", SOURCES, "-B", build, f"-DCMAKE_PREFIX_PATH={c_prefix}", "-DCMAKE_C_FLAGS=" + " ".join(STRICT))
+        run("cmake", "-S", SOURCES, "-B", build, f"-DCMAKE_PREFIX_PATH={c_prefix}", "-DCMAKE_C_FLAGS=" + " ".join(STRICT),
+            "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON")
         run("cmake", "--build", build)
+        assert not (build / "example_cuda").exists()
     else:
         if not shutil.which("pkg-config"):
             pytest.skip("pkg-config is not installed")
@@ -47,26 +51,32 @@ def test_c_api(programs, part):
 
 def test_example(programs):
     """The example's numbers are those of the formulas on the arrays it fills."""
-    T, E, K, H, I = 4, 8, 2, 64, 128
+    assert_example(programs("example"))
 
-    def filled(*shape):
-        count = np.arange(np.prod(shape))
-        return (np.float32(count * 7919 % 1000) / np.float32(1000) - np.float32(0.5)).astype(np.float64).reshape(shape)
 
-    logits, hidden, w_gate_up, w_down = filled(T, E), filled(T, H), filled(E, 2 * I, H), filled(E, H, I)
-    lines = programs("example").splitlines()
-    assert len(lines) == T
-    for t, line in enumerate(lines):
-        ids = np.argsort(-logits[t], kind="stable")[:K]
-        weights = np.exp(logits[t, ids]) / np.exp(logits[t, ids]).sum()
-        out = np.zeros(H)
-        for e, weight in zip(ids, weights):
-            gate, up = np.split(w_gate_up[e] @ hidden[t], 2)
-            out += weight * (w_down[e] @ (gate / (1 + np.exp(-gate)) * up))
-        numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", line)]
-        expected = [t, ids[0], weights[0], ids[1], weights[1], out[0], out[1]]
-        assert numbers == pytest.approx(expected, abs=6e-4)
-        assert numbers[5:] == pytest.approx(expected[5:], rel=1e-4)
+@pytest.fixture(scope="module")
+def example_cuda(c_prefix, tmp_path_factory):
+    """The C++ program, from the same project where CMake finds the CUDA runtime."""
+    if not shutil.which("nvcc"):
+        pytest.skip("no CUDA toolkit: nvcc is not on PATH")
+    build = tmp_path_factory.mktemp("cuda")
+    run("cmake", "-S", SOURCES, "-B", build, f"-DCMAKE_PREFIX_PATH={c_prefix}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror -pedantic")
+    run("cmake", "--build", build, "--target", "example_cuda")
+    return build / "example_cuda"
+
+
+def test_cuda_example_is_built(example_cuda):
+    """It needs the library, the CUDA runtime and the system; where there is no GPU, it says so."""
+    needed = re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", "-W", example_cuda))
+    assert {"libmixtral_ext", "libcudart"} <= set(needed) <= {"libmixtral_ext", "libcudart", "libstdc", "libm", "libgcc_s", "libc"}
+    done = subprocess.run([example_cuda], capture_output=True, text=True, env=dict(os.environ, CUDA_VISIBLE_DEVICES=""))
+    assert done.returncode == 1 and not done.stdout
+    assert re.search("CUDA: cudaError|built without CUDA", done.stderr)
+
+
+@pytest.mark.gpu
+def test_cuda_example(example_cuda):
+    assert_example_cuda(run(example_cuda))
 
 
 def test_package_needs_nothing_else(c_prefix, build_tree):

@@ -1,5 +1,5 @@
 // What a launcher asks of the CUDA runtime, for test_runtime.py: attributes of functions and launches, the encoder of tensor maps by
-// its driver entry point, memset.
+// its driver entry point, memset, streams.
 #include "cuda/common/ptx_sm80.cuh"
 #include "cuda/common/ptx_sm90.cuh"
 
@@ -27,9 +27,23 @@ __global__ void add_one(int *x) {
   x[threadIdx.x] += 1;
 }
 
+__global__ void add_one_at_once(int *x) { x[threadIdx.x] += 1; }
+
+// Twice or once, each launch allowed to start before the end of the one before it.
+extern "C" __attribute__((visibility("default"))) int add_overlapping(int *x, int times, cudaStream_t stream) {
+  cudaLaunchAttribute attribute[1];
+  attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute[0].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1), config.blockDim = dim3(64), config.stream = stream, config.attrs = attribute, config.numAttrs = 1;
+  while (times--)
+    if (int error = cudaLaunchKernelEx(&config, add_one_at_once, x)) return error;
+  return 0;
+}
+
 // 0, or the number of the step that failed times 1000 and the error. allowed: dynamic shared memory that is asked for first.
 extern "C" __attribute__((visibility("default")))
-int runtime_calls(int *in, int *out, int *zeros, int rows, int columns, int cluster, int wide, int allowed) {
+int runtime_calls(int *in, int *out, int *zeros, int rows, int columns, int cluster, int wide, int allowed, cudaStream_t stream) {
   const auto step = [](int number, int error) { return error ? number * 1000 + error : 0; };
   void *found = nullptr, *missing = nullptr;
   cudaDriverEntryPointQueryResult status;
@@ -52,9 +66,9 @@ int runtime_calls(int *in, int *out, int *zeros, int rows, int columns, int clus
   attribute[0].val.clusterDim.x = (unsigned)cluster, attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((unsigned)cluster * 2), config.blockDim = dim3(64), config.dynamicSmemBytes = (size_t)(rows * columns * 4);
-  config.attrs = attribute, config.numAttrs = 1;
+  config.stream = stream, config.attrs = attribute, config.numAttrs = 1;
   if (int e = step(6, cudaLaunchKernelEx(&config, copy_box, map, out, rows * columns))) return cudaGetLastError(), e;
-  if (int e = step(7, cudaMemsetAsync(zeros, 0, 64 * sizeof(int), nullptr))) return e;
+  if (int e = step(7, cudaMemsetAsync(zeros, 0, 64 * sizeof(int), stream))) return e;
   attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute[0].val.programmaticStreamSerializationAllowed = 1;
   config.gridDim = dim3(1), config.dynamicSmemBytes = 0;

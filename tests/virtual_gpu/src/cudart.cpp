@@ -1,6 +1,5 @@
-// The substitute CUDA runtime: what host code that nvcc compiled needs, with the library's own calls. A launch runs to its end
-// before it returns, so streams are in order by themselves.
-#include <cuda_runtime_api.h>
+// The substitute CUDA runtime: what host code that nvcc compiled needs, with the library's own calls.
+#include "streams.h"
 
 #include <cstring>
 #include <stdexcept>
@@ -9,15 +8,9 @@
 #include "tensor_map.h"
 
 using vgpu::device;
+using vgpu::result;
 
 namespace {
-
-thread_local cudaError_t last_error = cudaSuccess;
-
-cudaError_t result(cudaError_t e) {
-  if (e != cudaSuccess) last_error = e;
-  return e;
-}
 
 struct PendingCall {
   dim3 grid, block;
@@ -26,17 +19,24 @@ struct PendingCall {
 };
 thread_local PendingCall pending_call;
 
-cudaError_t launch(const void *function, dim3 grid, dim3 block, dim3 cluster, void **args, size_t shared, bool programmatic = false) {
-  const auto found = device().functions.find(function);
+cudaError_t launch(const void *host, dim3 grid, dim3 block, dim3 cluster, void **args, size_t shared, cudaStream_t stream,
+                   bool programmatic = false) {
+  const auto found = device().functions.find(host);
   if (found == device().functions.end()) return result(cudaErrorInvalidDeviceFunction);
-  vgpu::LoadedModule *module = found->second.binary->select(device().options.architecture);
+  const vgpu::Function &function = found->second;
+  vgpu::LoadedModule *module = function.binary->select(device().options.architecture);
   if (!module) return result(cudaErrorNoKernelImageForDevice);
   vgpu::LaunchShape shape;
   const unsigned g[3] = {grid.x, grid.y, grid.z}, b[3] = {block.x, block.y, block.z}, c[3] = {cluster.x, cluster.y, cluster.z};
   for (int i = 0; i < 3; ++i) shape.grid[i] = g[i], shape.block[i] = b[i], shape.cluster[i] = c[i];
   shape.dynamic_shared = shared;
-  shape.programmatic = programmatic;
-  return result(device().launch(*module, found->second, shape, args) ? cudaSuccess : cudaErrorInvalidConfiguration);
+  shape.programmatic = programmatic && vgpu::follows_kernel(stream);
+  vgpu::Launch checked;
+  if (!device().prepare(*module, function, shape, checked)) return result(cudaErrorInvalidConfiguration);
+  const auto work = [module, function, shape, params = vgpu::arguments(*checked.program, args)] {
+    return device().launch(*module, function, shape, params) ? cudaSuccess : cudaErrorInvalidConfiguration;
+  };
+  return result(vgpu::enqueue(stream, work, true));
 }
 
 }  // namespace
@@ -96,14 +96,14 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
   return cudaSuccess;
 }
 
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t) {
-  return launch((const void *)kernel, grid, block, dim3(0, 0, 0), args, shared);
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t stream) {
+  return launch((const void *)kernel, grid, block, dim3(0, 0, 0), args, shared, stream);
 }
 
 // ---- the runtime API
 
-cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t) {
-  return launch(function, grid, block, dim3(0, 0, 0), args, shared);
+cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t stream) {
+  return launch(function, grid, block, dim3(0, 0, 0), args, shared, stream);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **args) {
@@ -118,7 +118,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *fu
     else
       return result(cudaErrorNotSupported);
   }
-  return launch(function, config->gridDim, config->blockDim, cluster, args, config->dynamicSmemBytes, programmatic);
+  return launch(function, config->gridDim, config->blockDim, cluster, args, config->dynamicSmemBytes, config->stream, programmatic);
 }
 
 cudaError_t cudaFuncSetAttribute(const void *function, cudaFuncAttribute attribute, int value) {
@@ -167,38 +167,32 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void *data, int value, size_t bytes, cudaStream_t) {
-  const vgpu::Allocation *a = device().memory.find((uint64_t)data);
-  if (!bytes) return cudaSuccess;
-  if (!a || (uint64_t)data + bytes > a->address + a->bytes || !a->writable) return result(cudaErrorInvalidValue);
-  memset(data, value, bytes);
-  device().memory.set_initialised((uint64_t)data, bytes);
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetLastError(void) {
-  const cudaError_t e = last_error;
-  last_error = cudaSuccess;
-  return e;
-}
-
-cudaError_t cudaPeekAtLastError(void) { return last_error; }
-
 const char *cudaGetErrorName(cudaError_t e) {
   switch (e) {
     case cudaSuccess: return "cudaSuccess";
     case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
     case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
     case cudaErrorInvalidDeviceFunction: return "cudaErrorInvalidDeviceFunction";
     case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
+    case cudaErrorIllegalState: return "cudaErrorIllegalState";
+    case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
     case cudaErrorNotSupported: return "cudaErrorNotSupported";
+    case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureInvalidated: return "cudaErrorStreamCaptureInvalidated";
+    case cudaErrorStreamCaptureImplicit: return "cudaErrorStreamCaptureImplicit";
     default: return "cudaErrorUnknown";
   }
 }
 
 const char *cudaGetErrorString(cudaError_t e) {
-  return e == cudaErrorInvalidConfiguration ? device().error.c_str() : cudaGetErrorName(e);
+  static std::string reports;
+  if (e == cudaErrorInvalidConfiguration) return device().error.c_str();
+  if (e != cudaErrorLaunchFailure) return cudaGetErrorName(e);
+  reports = device().reports.json();
+  return reports.c_str();
 }
 
 }  // extern "C"

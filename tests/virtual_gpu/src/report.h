@@ -18,6 +18,7 @@ class Reports {
  public:
   // Keeps the first of each kind and source line; false when there are more than `limit`.
   bool add(const Report &report, int limit);
+  bool empty() const { return reports_.empty(); }
   void clear() { reports_.clear(); counts_.clear(); }
   std::string json() const;
 

@@ -78,7 +78,16 @@ LoadedModule *FatBinary::select(int architecture) const {
   return best;
 }
 
-bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape &shape, void **args) {
+std::vector<uint8_t> arguments(const Program &program, void **args) {
+  std::vector<uint8_t> copy(program.param_bytes);
+  for (size_t i = 0; i < program.kernel->params.size(); ++i) {
+    const Variable &p = program.kernel->params[i];
+    memcpy(&copy[p.address], args[i], p.bytes);
+  }
+  return copy;
+}
+
+bool Device::prepare(LoadedModule &loaded, const Function &function, const LaunchShape &shape, Launch &launch) {
   const auto refuse = [&](const std::string &why) {
     error = "launch of " + function.name + ": " + why;
     return false;
@@ -94,15 +103,8 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
   if (loaded.module->arch_specific ? target != options.architecture : target > options.architecture)
     return refuse("code for sm_" + std::to_string(target) + (loaded.module->arch_specific ? "a" : "") +
                   " on a device of sm_" + std::to_string(options.architecture));
-  Launch launch;
   launch.program = program;
   launch.options = options;
-  launch.order.id = launch.order.running = launch.order.waited_for = ++launches;
-  launch.random.seed(options.seed * 0x9e3779b97f4a7c15 + ++since_clear);  // what ran before vgpu_clear changes no schedule
-  if (shape.programmatic && launches > 1) {  // 9.7.13.13: the wait is for the launch before, and so for what that one waited for
-    launch.order.running = last.running;
-    launch.order.waited_for = last_waited ? last.waited_for : last.id;
-  }
   launch.global = &memory;
   launch.reports = &reports;
   const uint64_t limits[3] = {0x7fffffff, 65535, 65535};
@@ -139,26 +141,37 @@ bool Device::launch(LoadedModule &loaded, Function &function, const LaunchShape 
   launch.shared_bytes = program->shared_bytes + launch.dynamic_shared;
   launch.shared = program->shared;
   if (program->dynamic) launch.shared.back().bytes = launch.dynamic_shared;
-  launch.params.resize(program->param_bytes);
-  for (size_t i = 0; i < program->kernel->params.size(); ++i) {
-    const Variable &p = program->kernel->params[i];
-    memcpy(&launch.params[p.address], args[i], p.bytes);
-  }
-  // A body guarded by __CUDA_ARCH__ for another architecture compiles to nothing, and its launch would silently do nothing.
-  const auto &body = program->kernel->statements;
-  if (body.empty() || (body.size() == 1 && body[0].parts[0] == "ret"))
-    launch.report("empty-kernel", nullptr, 0, &program->code[0], "this kernel has no body for sm_" + std::to_string(loaded.module->target));
-  uint64_t barrier = 0;  // what cooperative_groups counts the arrivals of blocks in, and its size
   if (shape.cooperative) {
     const uint64_t blocks = (uint64_t)shape.grid[0] * shape.grid[1] * shape.grid[2];
     const size_t most = launch.capacity();
     if (blocks > most)
       return refuse("a cooperative grid of " + std::to_string(blocks) + " blocks, of which " + std::to_string(most) + " are resident at once");
+  }
+  return true;
+}
+
+bool Device::launch(LoadedModule &loaded, const Function &function, const LaunchShape &shape, const std::vector<uint8_t> &arguments) {
+  Launch launch;
+  if (!prepare(loaded, function, shape, launch)) return false;
+  launch.params = arguments;
+  launch.order.id = launch.order.running = launch.order.waited_for = ++launches;
+  launch.random.seed(options.seed * 0x9e3779b97f4a7c15 + ++since_clear);  // what ran before vgpu_clear changes no schedule
+  if (shape.programmatic && last_runs) {  // 9.7.13.13: the wait is for the launch before, and so for what that one waited for
+    launch.order.running = last.running;
+    launch.order.waited_for = last_waited ? last.waited_for : last.id;
+  }
+  // A body guarded by __CUDA_ARCH__ for another architecture compiles to nothing, and its launch would silently do nothing.
+  const auto &body = launch.program->kernel->statements;
+  if (body.empty() || (body.size() == 1 && body[0].parts[0] == "ret"))
+    launch.report("empty-kernel", nullptr, 0, &launch.program->code[0], "this kernel has no body for sm_" + std::to_string(loaded.module->target));
+  uint64_t barrier = 0;  // what cooperative_groups counts the arrivals of blocks in, and its size
+  if (shape.cooperative) {
     launch.workspace = (uint64_t)&barrier;
     memory.map(launch.workspace, sizeof(barrier), "the barrier of the grid", true, true);
   }
   launch.run();
   last = launch.order;
+  last_runs = true;
   last_waited = launch.waited;
   if (shape.cooperative) memory.unmap(launch.workspace);
   counters.push_back(launch.counters);
@@ -242,7 +255,10 @@ VGPU_API int vgpu_launch(void *module, const char *kernel, const uint32_t *grid,
   function.name = kernel;
   function.max_dynamic_shared = device().max_shared();
   function.wide_clusters = true;
-  return !device().launch(*(vgpu::LoadedModule *)module, function, shape, args);
+  vgpu::LoadedModule &loaded = *(vgpu::LoadedModule *)module;
+  vgpu::Launch checked;
+  if (!device().prepare(loaded, function, shape, checked)) return 1;
+  return !device().launch(loaded, function, shape, vgpu::arguments(*checked.program, args));
 }
 
 // The kernels of a module and the statements in them that are not covered, as JSON.

@@ -45,6 +45,7 @@ struct Device {
   std::vector<Counters> counters;
   uint64_t launches = 0, since_clear = 0;
   LaunchOrder last;         // the launch before
+  bool last_runs = false;   // for all the host knows: it did not synchronise since
   bool last_waited = false;
   std::vector<std::unique_ptr<FatBinary>> binaries;
   std::map<const void *, Function> functions;
@@ -52,11 +53,13 @@ struct Device {
 
   int max_shared() const { return options.architecture >= 90 ? 227 * 1024 : 163 * 1024; }
   std::unique_ptr<LoadedModule> load(const std::string &ptx);
-  // False (and `error`) for a launch that the driver would refuse; problems of the kernel itself go to `reports`.
-  bool launch(LoadedModule &module, Function &function, const LaunchShape &shape, void **args);
+  // Both are false (and `error`) for a launch that the driver would refuse; problems of the kernel itself go to `reports`.
+  bool prepare(LoadedModule &module, const Function &function, const LaunchShape &shape, Launch &launch);
+  bool launch(LoadedModule &module, const Function &function, const LaunchShape &shape, const std::vector<uint8_t> &arguments);
 };
 
 Device &device();
+std::vector<uint8_t> arguments(const Program &program, void **args);  // a copy of what they point to, as the kernel reads it
 std::vector<std::string> ptx_of_fat_binary(const void *data);
 
 }  // namespace vgpu
