@@ -1,6 +1,8 @@
 """The substitute CUDA runtime as a launcher uses it (runtime_calls.cu), and as a program does that calls the library."""
 import contextlib
 import ctypes
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -244,3 +246,12 @@ def test_copies_beyond_an_array():
         assert cuda("cudaMemsetAsync", x.ctypes.data, 0, size, 0) == status
     with vgpu.Gpu().mapped([("input", host, False, True)]):
         assert cuda("cudaMemcpy", host.ctypes.data, host.ctypes.data, 4, TO_DEVICE) == INVALID_VALUE == cuda("cudaGetLastError")
+
+
+def test_the_librarys_own_calls_stay_in_it():
+    """Programs may call its runtime, but another one in the process (torch's) never takes its place."""
+    vgpu.library()
+    path = vgpu.BUILD / "libmixtral_ext_virtual.so"
+    exported, relocated = (subprocess.run([*command, path], capture_output=True, text=True, check=True).stdout
+                           for command in (["nm", "-D", "--defined-only"], ["readelf", "-r", "-W"]))
+    assert len(re.findall(r" T cuda[A-Z]\w+", exported)) > 20 and not re.findall(r"\bcuda[A-Z]\w+", relocated)
