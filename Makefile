@@ -1,9 +1,14 @@
 # make demo   build and run the main job: a small Mixtral on our kernels beside transformers
 # make test   build and run all tests
 # make bench  build and print the speed table of this machine
-# make gpu-check   the tests that need an NVIDIA GPU, with the current python (no environment is made)
+# make gpu-check   tests, sanitizers and benchmark that need an NVIDIA GPU, with the current python (no environment is made, nothing is
+#                  installed); PARTS="tests graph sanitizer bench silicon", OUT=folder, TOKENS="1 16 4096", ROUTINGS="natural" for less
 PYTHON ?= python3
 BIN := .venv/bin
+PARTS =
+OUT = build/gpu-check
+TOKENS =
+ROUTINGS =
 
 .PHONY: demo test bench build gpu-check clean
 
@@ -26,7 +31,8 @@ build: .venv/requirements.installed
 	touch $@
 
 gpu-check:
-	$(PYTHON) -m pytest -m gpu
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python:$$PYTHONPATH $(PYTHON) -m mixtral_bench.gpu_check --out $(OUT) \
+	  $(if $(PARTS),--parts $(PARTS)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(ROUTINGS),--routings $(ROUTINGS))
 
 clean:
 	rm -rf .venv build mixtral_ext/lib mixtral_ext/include

@@ -46,7 +46,8 @@ def expert_rows(case, targets: dict[int, float]) -> Iterator[Row]:
     w_gate_up, w_down = inputs["w_gate_up"], inputs["w_down"]
     hidden, ids, weights = inputs["hidden"], inputs["topk_ids"].long(), inputs["topk_weights"]
     expected = _experts_f32(hidden, w_gate_up, w_down, weights, ids)
-    peers = {name: _transformers_experts(case, w_gate_up, w_down, name) for name in ("eager", "batched_mm", "grouped_mm")}
+    sizes = case.hidden, case.intermediate, case.experts
+    peers = {name: transformers_experts(*sizes, w_gate_up, w_down, name) for name in ("eager", "batched_mm", "grouped_mm")}
     expert_bytes = 2 * (w_gate_up[0].numel() + w_down[0].numel())
 
     for tokens, target in targets.items():
@@ -78,18 +79,19 @@ def expert_rows(case, targets: dict[int, float]) -> Iterator[Row]:
         )
 
 
-def _transformers_experts(case, w_gate_up, w_down, implementation: str):
+def transformers_experts(hidden: int, intermediate: int, experts: int, w_gate_up, w_down, implementation: str):
+    """transformers' block over these weights, which are not copied."""
     config = MixtralConfig(
-        hidden_size=case.hidden,
-        intermediate_size=case.intermediate,
-        num_local_experts=case.experts,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_local_experts=experts,
         experts_implementation=implementation,
     )
     with torch.device("meta"):
-        experts = MixtralExperts(config)
-    experts.gate_up_proj = torch.nn.Parameter(w_gate_up, requires_grad=False)
-    experts.down_proj = torch.nn.Parameter(w_down, requires_grad=False)
-    return experts
+        block = MixtralExperts(config)
+    block.gate_up_proj = torch.nn.Parameter(w_gate_up, requires_grad=False)
+    block.down_proj = torch.nn.Parameter(w_down, requires_grad=False)
+    return block
 
 
 def _experts_f32(hidden, w_gate_up, w_down, weights, ids):

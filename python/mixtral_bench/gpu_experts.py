@@ -1,0 +1,376 @@
+"""The expert layer on an NVIDIA GPU: ours, whole and by stage, beside torch's grouped_mm, transformers' blocks, a dense product of the same
+work and a copy of the same bytes. Part of `make gpu-check`; by itself: python -m mixtral_bench.gpu_experts --help."""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import silu
+
+import mixtral_ext
+from mixtral_bench import machine
+from mixtral_bench.measure import TOLERANCE, relative_error
+from mixtral_bench.rows import transformers_experts
+from mixtral_ext import reference
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096, 16384)
+ROUTINGS = ("balanced", "natural", "two")
+OURS = ("ours", "ours + sort", "gate", "swiglu", "down", "combine")  # the last four are parts
+PEERS = ("torch grouped_mm", "transformers grouped_mm", "transformers eager")  # all sort, as "ours + sort" does
+CHECKED = 16  # tokens compared with f32
+MIN_RUNS, MAX_RUNS = 10, 50
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer of Mixtral 8x7B."""
+
+    hidden: int = 4096
+    intermediate: int = 14336
+    experts: int = 8
+    top_k: int = 2
+
+
+@dataclass
+class Candidate:
+    call: Callable[[], object]
+    error: Callable[[object], float]  # of what it returned
+    bytes: float  # that must be moved
+    flops: float
+    writes: tuple = ()  # poisoned before its result is checked
+
+
+# ------------------------------------------------------------------------------------------------------------- inputs
+
+
+def make_weights(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """w_gate_up [E, 2I, H], w_down [E, H, I]: normal numbers, scaled so that results stay near 1."""
+    generator = torch.Generator(device).manual_seed(0)
+    e, i, h = shape.experts, shape.intermediate, shape.hidden
+    gate_up = torch.empty(e, 2 * i, h, dtype=torch.bfloat16, device=device).normal_(0, h**-0.5, generator=generator)
+    return gate_up, torch.empty(e, h, i, dtype=torch.bfloat16, device=device).normal_(0, 2 * i**-0.5, generator=generator)
+
+
+def make_logits(shape: Shape, tokens: int, routing: str, generator: torch.Generator) -> torch.Tensor:
+    """[T, E]. natural: random; balanced: the same number of rows for each expert; two: all tokens on two experts."""
+    logits = torch.empty(tokens, shape.experts, device=generator.device).normal_(generator=generator)
+    slots = torch.arange(tokens * shape.top_k, device=generator.device).view(tokens, shape.top_k)
+    if routing == "balanced":
+        logits.scatter_add_(1, slots % shape.experts, torch.full(slots.shape, 20.0, device=generator.device))
+    elif routing == "two":
+        logits[:, [1, shape.experts - 2]] += 20
+    return logits
+
+
+def expected(x, w_gate_up, w_down, weights, ids):
+    """The layer of n tokens in f32, one expert at a time -> after SwiGLU [n, K, I], after w_down [n, K, H], result [n, H]."""
+    inner = torch.zeros(*ids.shape, w_down.shape[2], device=x.device)
+    rows = torch.zeros(*ids.shape, x.shape[1], device=x.device)
+    for e in ids.unique().tolist():
+        token, slot = (ids == e).nonzero(as_tuple=True)
+        gate, up = (x[token].float() @ w_gate_up[e].float().T).chunk(2, -1)
+        inner[token, slot] = silu(gate) * up
+        rows[token, slot] = inner[token, slot] @ w_down[e].float().T
+    return inner, rows, (weights[..., None] * rows).sum(1)
+
+
+def torch_layer(x, w_gate_up, w_down, weights, ids):
+    """The layer as one composes it of torch's ops: sort, gather, grouped_mm, SwiGLU, grouped_mm, weighted sum."""
+    chosen, order = ids.flatten().sort(stable=True)
+    ends = torch.searchsorted(chosen, torch.arange(w_gate_up.shape[0], device=x.device), right=True, out_int32=True)
+    token = order // ids.shape[1]
+    gate, up = torch.nn.functional.grouped_mm(x[token], w_gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    rows = torch.nn.functional.grouped_mm(silu(gate) * up, w_down.transpose(1, 2), offs=ends)
+    return torch.zeros_like(x).index_add_(0, token, rows * weights.flatten()[order, None].to(x.dtype))
+
+
+# --------------------------------------------------------------------------------------------------------- candidates
+
+
+def make_candidates(shape: Shape, w_gate_up, w_down, logits, generator) -> tuple[dict[str, Candidate], list[int]]:
+    """-> the candidates of one number of tokens and routing, and the rows of each expert."""
+    tokens, k, h, i = len(logits), shape.top_k, shape.hidden, shape.intermediate
+    slots, expert = tokens * k, 3 * i * h * 2  # rows; bytes of an expert
+    x = torch.empty(tokens, h, dtype=torch.bfloat16, device=logits.device).normal_(generator=generator)
+    maps = reference.moe_gate(logits, k)  # torch's, so that no candidate depends on another op of ours
+    weights, ids, offsets, sorted_slots, slot_rows = maps
+    counts = offsets.diff().tolist()
+    touched = sum(n > 0 for n in counts)
+    inner_in = reference.grouped_gemm_swiglu(x, w_gate_up, offsets, sorted_slots, k)
+    rows_in = reference.grouped_gemm(inner_in, w_down, offsets)
+    checked = torch.linspace(0, tokens - 1, min(tokens, CHECKED), device=x.device).round().long()
+    inner_f32, rows_f32, out_f32 = expected(x[checked], w_gate_up, w_down, weights[checked], ids[checked])
+    checked_rows = slot_rows[checked].long()
+
+    out, inner, rows = torch.empty_like(x), torch.empty_like(inner_in), torch.empty_like(rows_in)
+    gated = tuple(torch.empty_like(t) for t in maps)
+    dense_in, dense_out = x[sorted_slots.long() // k], x.new_empty(slots, 2 * i)
+    half = touched * expert // 4  # elements: half of the touched experts
+    source, copy = w_gate_up.view(-1)[:half], w_gate_up.new_empty(half)
+    peers = {name: transformers_experts(h, i, shape.experts, w_gate_up, w_down, name) for name in ("grouped_mm", "eager")}
+    ids_i64 = ids.long()
+
+    def dense():
+        return torch.mm(dense_in, w_gate_up[0].T, out=dense_out), torch.mm(inner_in, w_down[0].T, out=rows)
+
+    def dense_error(results):
+        at = checked_rows.flatten()
+        return max(relative_error(result[at], a[at].float() @ w[0].float().T)
+                   for result, a, w in zip(results, (dense_in, inner_in), (w_gate_up, w_down)))
+
+    def gate_error(results):
+        same = all(torch.equal(a, b) for a, b in zip(results[1:], maps[1:]))
+        return relative_error(results[0], weights) if same else math.inf
+
+    def copy_error(result):
+        return 0.0 if torch.equal(result, source) else math.inf
+
+    def layer_error(result):
+        return relative_error(result[checked], out_f32)
+
+    layer = dict(error=layer_error, bytes=touched * expert + 4 * tokens * h, flops=slots * expert)  # 2 a weight of 2 bytes
+    candidates = {
+        "ours": Candidate(lambda: mixtral_ext.moe_experts(x, w_gate_up, w_down, weights, ids, offsets, sorted_slots, slot_rows, out=out),
+                          **layer, writes=(out,)),
+        "ours + sort": Candidate(lambda: mixtral_ext.moe_experts(x, w_gate_up, w_down, weights, ids, out=out), **layer, writes=(out,)),
+        "gate": Candidate(lambda: mixtral_ext.moe_gate(logits, k, out=gated), gate_error,
+                          4 * logits.numel() + 4 * sum(t.numel() for t in maps), 0, gated),
+        "swiglu": Candidate(lambda: mixtral_ext.grouped_gemm_swiglu(x, w_gate_up, offsets, sorted_slots, k, out=inner),
+                            lambda result: relative_error(result[checked_rows], inner_f32),
+                            touched * expert * 2 / 3 + 2 * (tokens * h + slots * i), slots * expert * 2 / 3, (inner,)),
+        "down": Candidate(lambda: mixtral_ext.grouped_gemm(inner_in, w_down, offsets, out=rows),
+                          lambda result: relative_error(result[checked_rows], rows_f32),
+                          touched * expert / 3 + 2 * slots * (i + h), slots * expert / 3, (rows,)),
+        "combine": Candidate(lambda: mixtral_ext.moe_combine(rows_in, slot_rows, weights, out=out), layer_error,
+                             2 * h * (slots + tokens) + 8 * slots, 2 * slots * h, (out,)),
+        "torch grouped_mm": Candidate(lambda: torch_layer(x, w_gate_up, w_down, weights, ids), **layer),
+        "transformers grouped_mm": Candidate(lambda: peers["grouped_mm"](x, ids_i64, weights), **layer),
+        "transformers eager": Candidate(lambda: peers["eager"](x, ids_i64, weights), **layer),
+        "dense": Candidate(dense, dense_error, expert + 2 * slots * (2 * h + 3 * i), slots * expert, (dense_out, rows)),
+        "copy": Candidate(lambda: copy.copy_(source), copy_error, 4 * half, 0, (copy,)),
+    }
+    return candidates, counts
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+class Timer:
+    """Times batches of calls, about a millisecond each. On CUDA a batch is one graph, or, of a candidate that waits for the device,
+    calls between two events; on the CPU a clock."""
+
+    def __init__(self, call, device: torch.device):
+        self.call, self.calls, self.cuda, self.graph = call, 1, device.type == "cuda", None
+        self.batch()
+        self.calls = max(1, min(20, int(1e-3 / self.batch())))
+        if self.cuda and self._never_waits():
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._calls()
+        self.batch()
+
+    def batch(self) -> float:
+        """Seconds a call."""
+        if not self.cuda:
+            start = time.perf_counter()
+            self._calls()
+            return (time.perf_counter() - start) / self.calls
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.graph:
+            torch.cuda._sleep(200_000)  # 0.1 ms, in which the replay is enqueued: its launch is not part of the time
+        start.record()
+        self.graph.replay() if self.graph else self._calls()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / self.calls
+
+    def _calls(self):
+        for _ in range(self.calls):
+            self.call()
+
+    def _never_waits(self) -> bool:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.call()
+        except RuntimeError:
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return True
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def measure(candidates: dict[str, Candidate], device: torch.device, budget: float) -> dict[str, dict]:
+    """Each candidate is checked, then all are timed in turns. One that raises or is wrong is recorded as failed."""
+    results, timers, runs = {}, {}, {}
+    for name, candidate in candidates.items():
+        try:
+            for tensor in candidate.writes:
+                tensor.fill_(-77)
+            error = candidate.error(candidate.call())
+            if not error <= TOLERANCE:
+                raise ArithmeticError(f"wrong result: relative error {error:.2g}")
+            timers[name], runs[name] = Timer(candidate.call, device), []
+            results[name] = {"error": error, "method": "graph" if timers[name].graph else "events" if timers[name].cuda else "clock"}
+        except Exception as failure:  # noqa: BLE001
+            results[name] = {"failed": first_line(failure)}
+    for _ in range(MAX_RUNS):
+        for name, timer in list(timers.items()):
+            if len(runs[name]) < MIN_RUNS or sum(runs[name]) * timer.calls < budget:
+                try:
+                    runs[name].append(timer.batch())
+                except Exception as failure:  # noqa: BLE001
+                    results[name] = {"failed": first_line(failure)}
+                    del timers[name]
+    for name, timer in timers.items():
+        seconds, candidate = statistics.median(runs[name]), candidates[name]
+        results[name] |= {"us": seconds * 1e6, "us_range": [min(runs[name]) * 1e6, max(runs[name]) * 1e6], "runs": len(runs[name]),
+                          "calls": timer.calls, "bytes": candidate.bytes, "flops": candidate.flops,
+                          "tb_s": candidate.bytes / seconds / 1e12, "tflop_s": candidate.flops / seconds / 1e12}
+    return results
+
+
+def ratios(results: dict[str, dict]) -> dict[str, dict]:
+    """times: time of each candidate over ours, whole; share of the copy's bandwidth that ours reaches."""
+    us = {name: result["us"] for name, result in results.items() if "us" in result}
+    times = {ours: {name: us[name] / us[ours] for name in us if name in (*PEERS, "dense", "copy")} for ours in OURS[:2] if ours in us}
+    copied = results["copy"].get("tb_s")
+    return {"times": times, "copy_share": {name: results[name]["tb_s"] / copied for name in OURS if name in us} if copied else {}}
+
+
+@torch.inference_mode()
+def run(shape: Shape, tokens, routings, device: str, budget: float = 0.15, save=lambda results: None, say=print) -> dict:
+    """All rows; `save` gets the results so far after each."""
+    place = torch.device(device)
+    results = {"machine": machine.describe(), "shape": asdict(shape), "gpu": {"before": gpu_state(place)}, "rows": []}
+    weights = make_weights(shape, place)
+    start, load = time.perf_counter(), watch(place)
+    for n in tokens:
+        for routing in routings:
+            generator = torch.Generator(place).manual_seed(n)
+            row = {"tokens": n, "routing": routing}
+            try:
+                candidates, row["rows_of_experts"] = make_candidates(shape, *weights, make_logits(shape, n, routing, generator), generator)
+                row["candidates"] = measure(candidates, place, budget)
+                del candidates
+            except Exception as failure:  # noqa: BLE001
+                row["candidates"] = {name: {"failed": first_line(failure)} for name in (*OURS, *PEERS, "dense", "copy")}
+            row |= ratios(row["candidates"])
+            results["rows"].append(row)
+            save(results)
+            times = (f"{name} {result['us']:.1f}" if "us" in result else f"{name} failed" for name, result in row["candidates"].items())
+            say(f"{time.perf_counter() - start:4.0f} s, T={n} {routing}, us: {', '.join(times)}")
+            if place.type == "cuda":
+                torch.cuda.empty_cache()
+    results["gpu"] |= {"during": load(), "after": gpu_state(place)}
+    save(results)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------------ machine
+
+STATE = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+
+
+def smi(fields, *options) -> list[str]:
+    return ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", *options]
+
+
+def gpu_state(device: torch.device) -> dict:
+    if device.type != "cuda":
+        return {}
+    done = subprocess.run(smi(STATE), capture_output=True, text=True)
+    return dict(zip(STATE, done.stdout.strip().split(", "))) if done.returncode == 0 else {"failed": done.stderr.strip() or done.stdout.strip()}
+
+
+def watch(device: torch.device) -> Callable[[], dict]:
+    """Reads clock and power twice a second until the returned function is called, which gives their medians and extremes."""
+    if device.type != "cuda":
+        return lambda: {}
+    process = subprocess.Popen(smi(("clocks.sm", "power.draw"), "-lms", "500"), stdout=subprocess.PIPE, text=True)
+
+    def finish():
+        process.terminate()
+        samples = [line.split(", ") for line in process.communicate()[0].splitlines()]
+        columns = zip(*((float(clock), float(power)) for clock, power in (s for s in samples if len(s) == 2 and "[" not in "".join(s))))
+        return {name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+                for name, values in zip(("clocks.sm", "power.draw"), columns)}
+
+    return finish
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def table(results: dict) -> str:
+    """Markdown, one line a row."""
+    info, versions = results["gpu"], results["machine"]["versions"]
+    state = ", ".join(f"{key} {value}" for key, value in info["before"].items())
+    during = "; ".join(f"{name} median {v['median']:g}, {v['min']:g} to {v['max']:g}" for name, v in info.get("during", {}).items())
+    lines = [
+        f"{state}. While measuring: {during or 'not known'}.",
+        f"{results['machine']['date']}, commit {results['machine']['commit']}; " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".",
+        "Times in us (medians). x: the peer's time over that of `+ sort`, which sorts as these peers do (dense: over `ours`). copy: share of the "
+        "bandwidth of a device copy of the same bytes.",
+        "",
+        "| T | routing | experts | ours | TB/s | copy | TFLOP/s | + sort | gate | swiglu | down | combine | torch grouped_mm | "
+        "transformers grouped_mm | transformers eager | dense |",
+        "|" + "---|" * 16,
+    ]
+    failures: dict[str, list] = {}
+    for row in results["rows"]:
+        us = {name: f"{result['us']:.{0 if result['us'] >= 1000 else 1}f}" if "us" in result else "-" for name, result in row["candidates"].items()}
+        for name, result in row["candidates"].items():
+            if "failed" in result:
+                failures.setdefault(f"{name}: {result['failed']}", []).append(f"T={row['tokens']} {row['routing']}")
+        for base, names in (("ours + sort", PEERS), ("ours", ("dense",))):
+            for name in names:
+                if name in row["times"].get(base, {}):
+                    us[name] += f" ({row['times'][base][name]:.2f}x)"
+        ours = row["candidates"]["ours"]
+        rate = [f"{ours['tb_s']:.2f}", f"{row['copy_share']['ours']:.0%}" if row["copy_share"] else "-", f"{ours['tflop_s']:.3g}"] \
+            if "us" in ours else ["-"] * 3
+        touched = str(sum(n > 0 for n in row["rows_of_experts"])) if "rows_of_experts" in row else "-"
+        cells = [str(row["tokens"]), row["routing"], touched, us["ours"], *rate, *(us[name] for name in (*OURS[1:], *PEERS, "dense"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\n{what} ({len(where)} rows, first {where[0]})" for what, where in list(failures.items())[:8]]
+    return "\n".join(lines)
+
+
+def broken(results: dict) -> list[str]:
+    """Our candidates that failed somewhere."""
+    return [name for name in OURS if any("failed" in row["candidates"][name] for row in results["rows"])]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mixtral_bench.gpu_experts", description=__doc__)
+    parser.add_argument("--json", type=Path, default=Path("build/gpu-check/bench.json"), metavar="FILE", help="default %(default)s")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="T")
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
+    parser.add_argument("--report", type=Path, metavar="FILE", help="print the table of earlier results and write it beside them")
+    options = parser.parse_args(arguments)
+    if options.report:
+        text = table(json.loads(options.report.read_text()))
+        options.report.with_suffix(".md").write_text(text + "\n")
+        print(text)
+        return
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    results = run(Shape(), options.tokens, options.routings, "cuda", save=lambda r: options.json.write_text(json.dumps(r, indent=1) + "\n"))
+    print(table(results))
+    if failed := broken(results):
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""moe_gate and moe_experts in a CUDA graph: captured once, replayed with other tokens and other routing; no waiting for the device."""
+import pytest
+import torch
+
+import mixtral_ext
+from op_calls import CUDA_OPS, check_results, poisoned
+
+pytestmark = [pytest.mark.gpu,
+              pytest.mark.skipif(not {"moe_gate", "moe_experts"} <= CUDA_OPS, reason="moe_gate or moe_experts has no CUDA kernel yet")]
+EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 2, 256, 384
+ROUTINGS = ("balanced", "two", "skewed", "balanced")
+
+
+class Layer:
+    """Static buffers of a router and its experts; `fill` changes the tokens and where they go."""
+
+    def __init__(self, tokens, dtype=torch.bfloat16):
+        self.generator = torch.Generator("cuda").manual_seed(tokens)
+        self.weights = dict(w_gate_up=self.normal(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype) * HIDDEN**-0.5,
+                            w_down=self.normal(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype) * 2 * INTERMEDIATE**-0.5)
+        self.hidden, self.logits = self.normal(tokens, HIDDEN, dtype=dtype), self.normal(tokens, EXPERTS)
+        rows = tokens * TOP_K
+
+        def ints(*shape):
+            return torch.empty(shape, dtype=torch.int32, device="cuda")
+
+        self.gate = (torch.empty(tokens, TOP_K, device="cuda"), ints(tokens, TOP_K), ints(EXPERTS + 1), ints(rows), ints(tokens, TOP_K))
+        self.out = torch.empty_like(self.hidden)
+
+    def normal(self, *shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="cuda").normal_(generator=self.generator)
+
+    def fill(self, routing):
+        tokens = len(self.logits)
+        self.hidden.normal_(generator=self.generator)
+        self.logits.normal_(generator=self.generator)
+        if routing == "balanced":
+            slots = torch.arange(tokens * TOP_K, device="cuda").view(tokens, TOP_K)
+            self.logits.scatter_add_(1, slots % EXPERTS, torch.full(slots.shape, 20.0, device="cuda"))
+        elif routing == "two":
+            self.logits[:, [1, 6]] += 20
+        else:  # most tokens on expert 3, the others anywhere
+            self.logits[tokens // 8:, 3] += 20
+        for t in (*self.gate, self.out):
+            t.copy_(poisoned(t))
+
+    def call(self):
+        mixtral_ext.moe_gate(self.logits, TOP_K, out=self.gate)
+        weights, ids, *maps = self.gate
+        mixtral_ext.moe_experts(self.hidden, **self.weights, topk_weights=weights, topk_ids=ids, expert_offsets=maps[0],
+                                sorted_slots=maps[1], slot_rows=maps[2], out=self.out)
+
+    def results(self):
+        return [t.clone() for t in (*self.gate, self.out)]
+
+    def check(self):
+        """Against float64, each op on its own inputs."""
+        check_results("moe_gate", dict(router_logits=self.logits, top_k=TOP_K), self.gate, "out")
+        weights, ids, *_ = self.gate
+        check_results("moe_experts", dict(hidden=self.hidden, **self.weights, topk_weights=weights, topk_ids=ids), (self.out,), "out")
+
+
+@pytest.fixture(params=[1, 16, 333])
+def layer(request):
+    layer = Layer(request.param)
+    layer.fill("balanced")
+    layer.call()  # warm-up
+    torch.cuda.synchronize()
+    return layer
+
+
+def test_replays_with_other_routing(layer):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.call()
+    for routing in ROUTINGS:
+        layer.fill(routing)
+        graph.replay()
+        replayed = layer.results()
+        layer.check()
+        for t in (*layer.gate, layer.out):
+            t.copy_(poisoned(t))
+        layer.call()
+        for a, b in zip(replayed, layer.results()):
+            assert torch.equal(a, b), routing
+
+
+def test_routing_given_as_ids_in_a_graph(layer):
+    """moe_experts that sorts by itself."""
+    weights, ids, *_ = layer.gate
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mixtral_ext.moe_experts(layer.hidden, **layer.weights, topk_weights=weights, topk_ids=ids, out=layer.out)
+    for routing in ROUTINGS:
+        layer.fill(routing)
+        layer.call()
+        expected = layer.out.clone()
+        layer.out.copy_(poisoned(layer.out))
+        graph.replay()
+        assert torch.equal(layer.out, expected), routing
+
+
+def test_nothing_waits_for_the_device(layer):
+    layer.fill("skewed")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer.call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    layer.check()
+
+
+def test_same_bits_in_every_run(layer):
+    for routing in ROUTINGS[:3]:
+        layer.fill(routing)
+        layer.call()
+        first = layer.results()
+        for _ in range(2):
+            for t in (*layer.gate, layer.out):
+                t.copy_(poisoned(t))
+            layer.call()
+            for a, b in zip(first, layer.results()):
+                assert torch.equal(a, b), routing
