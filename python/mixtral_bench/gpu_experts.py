@@ -4,6 +4,7 @@ work and a copy of the same bytes. Part of `make gpu-check`; by itself: python -
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def expected(x, w_gate_up, w_down, weights, ids):
 def torch_layer(x, w_gate_up, w_down, weights, ids):
     """The layer as one composes it of torch's ops: sort, gather, grouped_mm, SwiGLU, grouped_mm, weighted sum."""
     chosen, order = ids.flatten().sort(stable=True)
-    ends = torch.searchsorted(chosen, torch.arange(w_gate_up.shape[0], device=x.device), right=True, out_int32=True)
+    ends = torch.searchsorted(chosen, torch.arange(w_gate_up.shape[0], device=x.device, dtype=ids.dtype), right=True, out_int32=True)
     token = order // ids.shape[1]
     gate, up = torch.nn.functional.grouped_mm(x[token], w_gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
     rows = torch.nn.functional.grouped_mm(silu(gate) * up, w_down.transpose(1, 2), offs=ends)
@@ -261,6 +262,8 @@ def run(shape: Shape, tokens, routings, device: str, budget: float = 0.15, save=
             generator = torch.Generator(place).manual_seed(n)
             row = {"tokens": n, "routing": routing}
             try:
+                if place.type == "cuda":
+                    torch.cuda.empty_cache()
                 candidates, row["rows_of_experts"] = make_candidates(shape, *weights, make_logits(shape, n, routing, generator), generator)
                 row["candidates"] = measure(candidates, place, budget)
                 del candidates
@@ -269,10 +272,9 @@ def run(shape: Shape, tokens, routings, device: str, budget: float = 0.15, save=
             row |= ratios(row["candidates"])
             results["rows"].append(row)
             save(results)
-            times = (f"{name} {result['us']:.1f}" if "us" in result else f"{name} failed" for name, result in row["candidates"].items())
+            shown = {name: row["candidates"][name] for name in ("ours", *PEERS, "dense")}
+            times = (f"{name} {result['us']:.1f}" if "us" in result else f"{name} failed" for name, result in shown.items())
             say(f"{time.perf_counter() - start:4.0f} s, T={n} {routing}, us: {', '.join(times)}")
-            if place.type == "cuda":
-                torch.cuda.empty_cache()
     results["gpu"] |= {"during": load(), "after": gpu_state(place)}
     save(results)
     return results
@@ -290,13 +292,15 @@ def smi(fields, *options) -> list[str]:
 def gpu_state(device: torch.device) -> dict:
     if device.type != "cuda":
         return {}
+    if not shutil.which("nvidia-smi"):
+        return {"name": torch.cuda.get_device_name(device)}
     done = subprocess.run(smi(STATE), capture_output=True, text=True)
     return dict(zip(STATE, done.stdout.strip().split(", "))) if done.returncode == 0 else {"failed": done.stderr.strip() or done.stdout.strip()}
 
 
 def watch(device: torch.device) -> Callable[[], dict]:
     """Reads clock and power twice a second until the returned function is called, which gives their medians and extremes."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not shutil.which("nvidia-smi"):
         return lambda: {}
     process = subprocess.Popen(smi(("clocks.sm", "power.draw"), "-lms", "500"), stdout=subprocess.PIPE, text=True)
 
