@@ -92,7 +92,6 @@ mixtral_status check_grouped(const char *op, const mixtral_context *context, con
   c.range("out.shape[0] (rows)", rows, 0, INT32_MAX);
   c.tensor("out", p.out, {rows, weights.shape[1] / (gated ? 2 : 1)}, kFloats, kOutput);
   c.same_dtype("out", p.out, "a", p.a);
-  c.cpu_only();
   return c.status();
 }
 
@@ -108,11 +107,11 @@ mixtral_status check(const mixtral_context *context, const mixtral_sliding_windo
 mixtral_status check(const mixtral_context *context, const mixtral_rolling_attention_params *params);
 mixtral_status check(const mixtral_context *context, const mixtral_apply_rope_params *params);
 
-// An op with a workspace, on the CPU: all checks, then run(context, params, aligned workspace).
-template <class Params>
+// An op with a workspace: all checks, then run(context, params, aligned workspace).
+template <class Params, class Run>
 mixtral_status run_with_workspace(const char *op, const mixtral_context *context, const Params *params, void *given,
                                   size_t given_bytes, void *stream, size_t (*bytes)(const mixtral_context &, const Params &),
-                                  mixtral_status (*run)(const mixtral_context &, const Params &, void *)) {
+                                  const Run &run) {
   mixtral_status status = check(context, params);
   if (status == MIXTRAL_OK) status = check_stream(op, *context, stream);
   if (status != MIXTRAL_OK) return status;

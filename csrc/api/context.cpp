@@ -88,8 +88,7 @@ extern "C" mixtral_status mixtral_supports(const mixtral_context *context, mixtr
     return fail(MIXTRAL_ERROR_INVALID_ARGUMENT, "mixtral_supports: op: expected %d to %d, got %d", MIXTRAL_OP_MOE_GATE,
                 MIXTRAL_OP_APPLY_ROPE, (int)op);
   if (!params) {
-    const bool on_cuda = op == MIXTRAL_OP_MOE_GATE || op == MIXTRAL_OP_MOE_SORT || op == MIXTRAL_OP_MOE_PERMUTE ||
-                         op == MIXTRAL_OP_MOE_COMBINE || op == MIXTRAL_OP_APPLY_ROPE;
+    const bool on_cuda = op != MIXTRAL_OP_SLIDING_WINDOW_ATTENTION && op != MIXTRAL_OP_ROLLING_ATTENTION;
     if (context->device_type == MIXTRAL_DEVICE_CPU || on_cuda) return MIXTRAL_OK;
     return fail(MIXTRAL_ERROR_NOT_SUPPORTED, "mixtral_supports: op %d is not supported on CUDA yet", (int)op);
   }

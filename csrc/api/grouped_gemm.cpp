@@ -1,5 +1,6 @@
 #include "../cpu/ops.h"
 #include "check.h"
+#include "grouped_gemm_config.h"
 
 namespace mixtral::api {
 
@@ -7,15 +8,28 @@ mixtral_status check(const mixtral_context *context, const mixtral_grouped_gemm_
   return check_grouped("mixtral_grouped_gemm", context, params, "b", &mixtral_grouped_gemm_params::b, false);
 }
 
+namespace {
+
+size_t bytes(const mixtral_context &context, const mixtral_grouped_gemm_params &p) {
+  return context.device_type == MIXTRAL_DEVICE_CUDA ? 0 : cpu::grouped_gemm_workspace_size(context, p);
+}
+
+}  // namespace
 }  // namespace mixtral::api
 
 extern "C" size_t mixtral_grouped_gemm_workspace_size(const mixtral_context *context, const mixtral_grouped_gemm_params *params) {
   if (mixtral::api::check(context, params) != MIXTRAL_OK) return 0;
-  return mixtral::api::padded(mixtral::cpu::grouped_gemm_workspace_size(*context, *params));
+  return mixtral::api::padded(mixtral::api::bytes(*context, *params));
 }
 
 extern "C" mixtral_status mixtral_grouped_gemm(const mixtral_context *context, const mixtral_grouped_gemm_params *params,
     void *workspace, size_t workspace_bytes, void *stream) {
-  return mixtral::api::run_with_workspace("mixtral_grouped_gemm", context, params, workspace, workspace_bytes, stream,
-                                          mixtral::cpu::grouped_gemm_workspace_size, mixtral::cpu::grouped_gemm);
+  using namespace mixtral;
+  return api::run_with_workspace("mixtral_grouped_gemm", context, params, workspace, workspace_bytes, stream, api::bytes,
+                                 [&](const mixtral_context &c, const mixtral_grouped_gemm_params &p, void *aligned) {
+#ifdef MIXTRAL_EXT_WITH_CUDA
+    if (c.device_type == MIXTRAL_DEVICE_CUDA) return api::grouped_gemm_cuda("mixtral_grouped_gemm", c, p, p.b, stream);
+#endif
+    return cpu::grouped_gemm(c, p, aligned);
+  });
 }

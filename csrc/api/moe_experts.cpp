@@ -1,5 +1,7 @@
 #include "../cpu/ops.h"
 #include "check.h"
+#include "grouped_gemm_config.h"
+#include "moe_routing_config.h"
 
 namespace mixtral::api {
 
@@ -35,19 +37,40 @@ mixtral_status check(const mixtral_context *context, const mixtral_moe_experts_p
   }
   c.tensor("out", p.out, {tokens, hidden}, kFloats, kOutput);
   c.same_dtype("out", p.out, "hidden", p.hidden);
-  c.cpu_only();
   return c.status();
 }
 
+namespace {
+
+cuda::MoeExpertsConfig config_of(const mixtral_context &context, const mixtral_moe_experts_params &p) {
+  const int64_t tokens = p.topk_ids.shape[0], top_k = p.topk_ids.shape[1], experts = p.w_gate_up.shape[0];
+  // A token goes to an expert once.
+  return {routing_config(tokens, top_k, experts), grouped_gemm_config(tokens * top_k, tokens, experts, context.sm_count)};
+}
+
+size_t bytes(const mixtral_context &context, const mixtral_moe_experts_params &p) {
+#ifdef MIXTRAL_EXT_WITH_CUDA
+  if (context.device_type == MIXTRAL_DEVICE_CUDA) return cuda::moe_experts_workspace_size(p, config_of(context, p));
+#endif
+  return cpu::moe_experts_workspace_size(context, p);
+}
+
+}  // namespace
 }  // namespace mixtral::api
 
 extern "C" size_t mixtral_moe_experts_workspace_size(const mixtral_context *context, const mixtral_moe_experts_params *params) {
   if (mixtral::api::check(context, params) != MIXTRAL_OK) return 0;
-  return mixtral::api::padded(mixtral::cpu::moe_experts_workspace_size(*context, *params));
+  return mixtral::api::padded(mixtral::api::bytes(*context, *params));
 }
 
 extern "C" mixtral_status mixtral_moe_experts(const mixtral_context *context, const mixtral_moe_experts_params *params,
     void *workspace, size_t workspace_bytes, void *stream) {
-  return mixtral::api::run_with_workspace("mixtral_moe_experts", context, params, workspace, workspace_bytes, stream,
-                                          mixtral::cpu::moe_experts_workspace_size, mixtral::cpu::moe_experts);
+  using namespace mixtral;
+  return api::run_with_workspace("mixtral_moe_experts", context, params, workspace, workspace_bytes, stream, api::bytes,
+                                 [&](const mixtral_context &c, const mixtral_moe_experts_params &p, void *aligned) {
+#ifdef MIXTRAL_EXT_WITH_CUDA
+    if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::moe_experts(c, p, api::config_of(c, p), aligned, stream);
+#endif
+    return cpu::moe_experts(c, p, aligned);
+  });
 }

@@ -1,4 +1,5 @@
 #include "common/launch.h"
+#include "grouped_gemm_kernels.h"
 #include "ops.h"
 
 namespace mixtral::cuda {
@@ -30,7 +31,16 @@ mixtral_status context_init(mixtral_context &context) {
   if (context.arch == MIXTRAL_ARCH_CUDA_SM90 && !hopper)
     return fail(MIXTRAL_ERROR_NOT_SUPPORTED, "%s: arch: expected compute capability 9.0 for sm_90, got %d.%d", kOp, major, minor);
   if (context.arch == MIXTRAL_ARCH_AUTO) context.arch = hopper ? MIXTRAL_ARCH_CUDA_SM90 : MIXTRAL_ARCH_CUDA_SM80;
-  return MIXTRAL_OK;
+
+  // Function attributes belong to the current device.
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess) error = cudaSetDevice(context.device_index);
+  if (error != cudaSuccess) return cuda_status(kOp, error);
+  error = grouped_gemm_tiles_init();
+  if (error == cudaSuccess) error = grouped_gemm_few_rows_init();
+  const cudaError_t restored = cudaSetDevice(current);
+  return cuda_status(kOp, error == cudaSuccess ? restored : error);
 }
 
 }  // namespace mixtral::cuda

@@ -1,6 +1,6 @@
 // The CUDA backend as api/ calls it: validated params in, kernels enqueued on `stream` (a cudaStream_t).
 #pragma once
-#include "../core/context.h"
+#include "grouped_gemm.h"
 
 namespace mixtral::cuda {
 
@@ -26,5 +26,16 @@ mixtral_status moe_sort(const mixtral_context &context, const mixtral_moe_sort_p
 mixtral_status moe_permute(const mixtral_context &context, const mixtral_moe_permute_params &p, void *stream);
 mixtral_status moe_combine(const mixtral_context &context, const mixtral_moe_combine_params &p, void *stream);
 mixtral_status apply_rope(const mixtral_context &context, const mixtral_apply_rope_params &p, void *stream);
+
+mixtral_status grouped_gemm(const char *op, const GroupedGemm &g, const GroupedGemmConfig &config, void *stream);
+
+struct MoeExpertsConfig {
+  RoutingConfig sort;      // where the call sorts
+  GroupedGemmConfig gemm;  // of both products
+};
+
+size_t moe_experts_workspace_size(const mixtral_moe_experts_params &p, const MoeExpertsConfig &config);
+mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_experts_params &p, const MoeExpertsConfig &config,
+                           void *workspace, void *stream);
 
 }  // namespace mixtral::cuda

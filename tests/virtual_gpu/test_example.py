@@ -12,7 +12,6 @@ def run(*settings):
     return subprocess.run([vgpu.BUILD / "example_cuda", *settings], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.xfail(strict=True, reason="moe_gate and moe_experts are not supported on CUDA yet")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("arch", (80, 90))
 def test_example(arch, seed):

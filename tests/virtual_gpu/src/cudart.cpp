@@ -140,6 +140,13 @@ cudaError_t cudaGetDeviceCount(int *count) {
   return cudaSuccess;
 }
 
+cudaError_t cudaGetDevice(int *index) {
+  *index = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : result(cudaErrorInvalidDevice); }
+
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int index) {
   if (index != 0) return result(cudaErrorInvalidDevice);
   const vgpu::Options &o = device().options;
