@@ -28,7 +28,7 @@ enum class GroupedGemmKernel : int32_t { kTiles, kFewRows };
 // What api/ chooses by shapes and device (grouped_gemm_config.h).
 struct GroupedGemmConfig {
   GroupedGemmKernel kernel;
-  int32_t tile_rows;  // kFewRows: rows of an expert that one pass over its weights serves (8, 16, 32 or 64)
+  int32_t tile_rows;  // of an expert that one pass over its weights serves: kTiles 64 or 128, kFewRows 8, 16, 32 or 64
   int32_t blocks;     // kFewRows: of the grid, at most
 };
 

@@ -1,17 +1,18 @@
 // Grouped product for few rows an expert (decoding): the weights are the 16-row operand of mma.sync and the rows of A its 8 columns, so
 // that 1 to 64 rows ride along while the weights of the experts that have rows stream through once.
 //
-//   unit       64 weight rows (with SwiGLU 32 of gate and the same 32 of up) x up to kTileRows rows of an expert x all of k
-//   grid       one or two blocks an SM, block b takes the units b, b + gridDim.x, ..: all SMs read to the end, and a block's copies run on
-//              into its next unit. Experts without rows have no units
-//   step       64 weight rows x kTileRows rows of A x 64, 4 warps of 16 weight rows (8 of gate and the 8 of up); groups of 8 rows of A
-//              beyond the expert's are neither loaded nor multiplied
-//   stages     kTileRows 8: 10, 16: 9, 32: 7, 64: 5 of 8 KB of weights + 128 bytes a row of A, by cp.async, and 128 bytes a row for the
-//              result: 91, 92, 88, 88 KB. Rows are 128 bytes, their eight 16-byte units swizzled by row % 8: no bank conflict in
-//              copies or ldmatrix
-//   in flight  72, 64, 2 * 48, 2 * 32 KB of weights an SM; 3.35 TB/s * 0.7 us / 132 SMs = 18 KB are needed
+//   unit       16 weight rows a warp (with SwiGLU 8 of gate and the same 8 of up) x up to kRows rows of an expert x all of k
+//   grid       two blocks an SM, block b takes the units b, b + gridDim.x, ..: all SMs read to the end, and a block's copies run on into
+//              its next unit. Experts without rows have no units
+//   step       64 of k; groups of 8 rows of A beyond the expert's are neither loaded nor multiplied
+//   kRows          8       16       32       64    rows of A that one pass over the weights serves
+//   warps          2        4        4        4    2: at T = 1 the units are few, and smaller ones divide better
+//   stages        16        8        7        5    of 2 KB of weights a warp + 128 bytes a row of A, by cp.async. Rows are 128 bytes, their
+//                                                  eight 16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
+//   shared     80.5 KB  82 KB    88 KB    88 KB    with the result's kRows * 32 bytes a warp
+//   in flight    120 KB  112 KB    96 KB    64 KB  of weights an SM; 3.35 TB/s * 0.7 us / 132 SMs = 18 KB are needed
 //   barriers   one a step, one a unit
-//   moved      touched experts * n * k * 2 bytes once for every kTileRows rows of an expert; A from L2
+//   moved      touched experts * n * k * 2 bytes once for every kRows rows of an expert; A from L2
 #include "common/launch.h"
 #include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
@@ -23,23 +24,27 @@ namespace {
 
 using namespace mixtral::sm80;
 
-constexpr int kThreads = 128, kWeightRows = 64, kDepth = 64, kRowBytes = kDepth * 2;
+constexpr int kDepth = 64, kRowBytes = kDepth * 2;
 
-template <int kTileRows>
-constexpr int kStagesOf = kTileRows == 8 ? 10 : kTileRows == 16 ? 9 : kTileRows == 32 ? 7 : 5;
-template <int kTileRows>
-constexpr int kStageBytesOf = (kWeightRows + kTileRows) * kRowBytes;
-template <int kTileRows>
-constexpr int kSharedBytesOf = kStagesOf<kTileRows> *kStageBytesOf<kTileRows> + kTileRows *kWeightRows * 2;
-static_assert(kSharedBytesOf<8> <= 99 * 1024 && kSharedBytesOf<16> <= 99 * 1024, "what a block may have on every architecture since sm_80");
+template <int rows, int warps, int stages>
+struct Tile {
+  static constexpr int kRows = rows, kThreads = warps * 32, kStages = stages, kWeightRows = warps * 16;
+  static constexpr int kStageBytes = (kWeightRows + rows) * kRowBytes, kShared = stages * kStageBytes + rows * kWeightRows * 2;
+  static_assert(kShared <= 99 * 1024, "what a block may have on every architecture since sm_80");
+};
+using Tile8 = Tile<8, 2, 16>;
+using Tile16 = Tile<16, 4, 8>;
+using Tile32 = Tile<32, 4, 7>;
+using Tile64 = Tile<64, 4, 5>;
 
 // Of unit `unit` (16 bytes) in row `row` of a stage.
 __device__ inline uint32_t place(int row, int unit) { return (uint32_t)(row * kRowBytes + (unit ^ row % 8) * 16); }
 
-template <class T, bool kSwiglu, int kTileRows>
-__global__ void __launch_bounds__(kThreads, 2) grouped_gemm_few_rows_kernel(const __grid_constant__ GroupedGemm g, int column_tiles) {
+template <class T, bool kSwiglu, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kernel(const __grid_constant__ GroupedGemm g, int column_tiles) {
   extern __shared__ __align__(128) uint8_t shared[];
-  constexpr int kOutColumns = kSwiglu ? kWeightRows / 2 : kWeightRows, kStages = kStagesOf<kTileRows>, kStageBytes = kStageBytesOf<kTileRows>;
+  constexpr int kRows = Tile::kRows, kWeightRows = Tile::kWeightRows, kThreads = Tile::kThreads, kStages = Tile::kStages;
+  constexpr int kStageBytes = Tile::kStageBytes, kOutColumns = kSwiglu ? kWeightRows / 2 : kWeightRows;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int depth_tiles = max(1, (int)((g.k + kDepth - 1) / kDepth));
 
@@ -50,36 +55,39 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_gemm_few_rows_kernel(cons
   // The parts of an expert's rows follow each other, then the columns: the weights of one are read by neighbours, at the same time.
   const auto unit_at = [&](int64_t index) {
     const Segment s = find_segment(g.expert_offsets, g.experts, g.rows, index,
-                                   [&](int rows) { return (int64_t)((rows + kTileRows - 1) / kTileRows) * column_tiles; });
+                                   [&](int rows) { return (int64_t)((rows + kRows - 1) / kRows) * column_tiles; });
     if (s.expert < 0) return Unit{-1, 0, 0, 0};
-    const int parts = (s.rows + kTileRows - 1) / kTileRows, part = (int)(s.unit % parts);
-    return Unit{s.expert, s.begin + part * kTileRows, min(kTileRows, s.rows - part * kTileRows), s.unit / parts * kOutColumns};
+    const int parts = (s.rows + kRows - 1) / kRows, part = (int)(s.unit % parts);
+    return Unit{s.expert, s.begin + part * kRows, min(kRows, s.rows - part * kRows), s.unit / parts * kOutColumns};
   };
 
-  // Copies: thread t has unit t % 8 of rows t / 8 + 16 i. Weight row 16 i + j of a stage is column 16 i + j, with SwiGLU 8 i + j % 8 of
-  // gate (j < 8) or of up.
+  // Copies: thread t has unit t % 8 of rows t / 8 + kPass i. Weight row r of a stage is column r; with SwiGLU row 16 w + j is column
+  // 8 w + j % 8 of gate (j < 8) or of up.
+  constexpr int kPass = kThreads / 8, kCopiesW = kWeightRows / kPass, kCopiesA = (kRows + kPass - 1) / kPass;
   const int copy_row = thread / 8, copy_k = thread % 8 * 8;
   const uint32_t base = shared_address(shared), to = place(copy_row, thread % 8);
-  constexpr int kStep = kSwiglu ? 8 : 16, kCopies = (kTileRows + 15) / 16;
+  const auto column_of = [&](int i) {
+    const int row = i * kPass + copy_row;
+    return kSwiglu ? row / 16 * 8 + row % 8 : row;
+  };
+  const auto is_up = [&](int i) { return kSwiglu && (i * kPass + copy_row) % 16 >= 8; };
   int64_t load_index = blockIdx.x;
   int load_tile = 0, load_rows = 0;  // rows: in whole groups of 8
-  int64_t w_column = 0;
-  bool more = false, a_inside[kCopies];
-  const T *w = nullptr, *a[kCopies];
+  int64_t columns_left = 0;
+  bool more = false;
+  const T *w = nullptr, *a[kCopiesA];  // a: NULL for zeros
   const auto begin_loads = [&] {
     const Unit unit = unit_at(load_index);
     more = unit.expert >= 0;
     if (!more) return;
     load_tile = 0;
     load_rows = (unit.rows + 7) / 8 * 8;
-    w_column = unit.column0 + (kSwiglu ? copy_row % 8 : copy_row);
-    const int64_t w_row = w_column + (kSwiglu && copy_row >= 8 ? g.n : 0);
-    w = (const T *)g.w + unit.expert * g.w_expert_stride + w_row * g.w_stride + copy_k;
+    columns_left = g.n - unit.column0;
+    w = (const T *)g.w + unit.expert * g.w_expert_stride + unit.column0 * g.w_stride + copy_k;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const T *row = copy_row + i * 16 < unit.rows ? a_row<T>(g, unit.row0 + copy_row + i * 16) : nullptr;
-      a_inside[i] = row != nullptr;
-      a[i] = (row ? row : (const T *)g.a) + copy_k;
+    for (int i = 0; i < kCopiesA; ++i) {
+      a[i] = copy_row + i * kPass < unit.rows ? a_row<T>(g, unit.row0 + copy_row + i * kPass) : nullptr;
+      if (a[i]) a[i] += copy_k;
     }
   };
   // The next 64 of k of the unit at hand, or the first of the next unit.
@@ -89,14 +97,16 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_gemm_few_rows_kernel(cons
     const int64_t k0 = (int64_t)load_tile * kDepth;
     const int bytes = bytes_left(g.k, k0 + copy_k);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool inside = w_column + i * kStep < g.n && bytes;
-      cp_async_16(at + i * 16 * kRowBytes, inside ? w + i * kStep * g.w_stride + k0 : (const T *)g.w, inside ? bytes : 0);
+    for (int i = 0; i < kCopiesW; ++i) {
+      const bool inside = column_of(i) < columns_left && bytes;
+      const T *from = w + (column_of(i) + (is_up(i) ? g.n : 0)) * g.w_stride + k0;
+      cp_async_16(at + i * kPass * kRowBytes, inside ? from : (const T *)g.w, inside ? bytes : 0);
     }
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const bool inside = a_inside[i] && bytes;
-      if (copy_row + i * 16 < load_rows) cp_async_16(at + (kWeightRows + i * 16) * kRowBytes, inside ? a[i] + k0 : (const T *)g.a, inside ? bytes : 0);
+    for (int i = 0; i < kCopiesA; ++i) {
+      const bool inside = a[i] && bytes;
+      if (copy_row + i * kPass < load_rows)
+        cp_async_16(at + (kWeightRows + i * kPass) * kRowBytes, inside ? a[i] + k0 : (const T *)g.a, inside ? bytes : 0);
     }
     if (++load_tile == depth_tiles) {
       load_index += gridDim.x;
@@ -118,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_gemm_few_rows_kernel(cons
     const Unit unit = unit_at(index);
     if (unit.expert < 0) return;
     const int groups = (unit.rows + 7) / 8;
-    float sum[kTileRows / 8][4] = {};
+    float sum[kRows / 8][4] = {};
 #pragma unroll 1
     for (int tile = 0; tile < depth_tiles; ++tile) {
       cp_async_wait<kStages - 2>();
@@ -129,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_gemm_few_rows_kernel(cons
 #pragma unroll
       for (int step = 0; step < 4; ++step) ldmatrix_x4(fw[step], (w_from + stage * kStageBytes) ^ (step * 32));
 #pragma unroll
-      for (int j = 0; j < kTileRows / 8; ++j) {
+      for (int j = 0; j < kRows / 8; ++j) {
         if (j >= groups) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -142,11 +152,11 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_gemm_few_rows_kernel(cons
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 
-    // Lane l holds weight rows l / 4 and l / 4 + 8 of rows 2 (l % 4) and the next of A. Through shared memory, [kTileRows, kOutColumns],
+    // Lane l holds weight rows l / 4 and l / 4 + 8 of rows 2 (l % 4) and the next of A. Through shared memory, [kRows, kOutColumns],
     // to stores of 16 bytes; the next unit's first barrier is behind them.
     T *const out = (T *)(shared + kStages * kStageBytes);
 #pragma unroll
-    for (int j = 0; j < kTileRows / 8; ++j)
+    for (int j = 0; j < kRows / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         T *const row = out + (j * 8 + lane % 4 * 2 + e) * kOutColumns;
@@ -167,22 +177,22 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_gemm_few_rows_kernel(cons
   }
 }
 
-// Calls body(kernel, bytes of shared memory).
-template <int kTileRows, class Body>
+// Calls body(kernel, tile) with the kernel for these types.
+template <class Tile, class Body>
 void with_types(int32_t dtype, bool swiglu, const Body &body) {
   with_half_type(dtype, [&](auto type) {
     using T = decltype(type);
-    body(swiglu ? grouped_gemm_few_rows_kernel<T, true, kTileRows> : grouped_gemm_few_rows_kernel<T, false, kTileRows>, kSharedBytesOf<kTileRows>);
+    body(swiglu ? grouped_gemm_few_rows_kernel<T, true, Tile> : grouped_gemm_few_rows_kernel<T, false, Tile>, Tile());
   });
 }
 
 template <class Body>
 void with_kernel(int32_t dtype, bool swiglu, int tile_rows, const Body &body) {
   switch (tile_rows) {
-    case 8: return with_types<8>(dtype, swiglu, body);
-    case 16: return with_types<16>(dtype, swiglu, body);
-    case 32: return with_types<32>(dtype, swiglu, body);
-    case 64: return with_types<64>(dtype, swiglu, body);
+    case 8: return with_types<Tile8>(dtype, swiglu, body);
+    case 16: return with_types<Tile16>(dtype, swiglu, body);
+    case 32: return with_types<Tile32>(dtype, swiglu, body);
+    case 64: return with_types<Tile64>(dtype, swiglu, body);
   }
 }
 
@@ -193,17 +203,17 @@ cudaError_t grouped_gemm_few_rows_init() {
   for (const int32_t dtype : {MIXTRAL_DTYPE_BF16, MIXTRAL_DTYPE_F16})
     for (const bool swiglu : {false, true})
       for (const int tile_rows : {8, 16, 32, 64})
-        with_kernel(dtype, swiglu, tile_rows, [&](auto kernel, int shared) {
-          if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        with_kernel(dtype, swiglu, tile_rows, [&](auto kernel, auto tile) {
+          if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.kShared);
         });
   return error;
 }
 
 cudaError_t grouped_gemm_few_rows(const GroupedGemm &g, int tile_rows, int blocks, cudaStream_t stream) {
-  const int64_t out_columns = g.swiglu ? kWeightRows / 2 : kWeightRows, column_tiles = (g.n + out_columns - 1) / out_columns;
-  const int64_t units = most_row_tiles(g, tile_rows) * column_tiles;
-  with_kernel(g.dtype, g.swiglu, tile_rows, [&](auto kernel, int shared) {
-    kernel<<<(unsigned)(units < blocks ? units : blocks), kThreads, shared, stream>>>(g, (int)column_tiles);
+  with_kernel(g.dtype, g.swiglu, tile_rows, [&](auto kernel, auto tile) {
+    const int64_t out_columns = tile.kWeightRows / (g.swiglu ? 2 : 1), column_tiles = (g.n + out_columns - 1) / out_columns;
+    const int64_t units = most_row_tiles(g, tile_rows) * column_tiles;
+    kernel<<<(unsigned)(units < blocks ? units : blocks), tile.kThreads, tile.kShared, stream>>>(g, (int)column_tiles);
   });
   return cudaGetLastError();
 }

@@ -12,7 +12,7 @@ inline int64_t most_row_tiles(const GroupedGemm &g, int tile_rows) {
 }
 
 cudaError_t grouped_gemm_tiles_init();
-cudaError_t grouped_gemm_tiles(const GroupedGemm &g, cudaStream_t stream);
+cudaError_t grouped_gemm_tiles(const GroupedGemm &g, int tile_rows, cudaStream_t stream);
 
 cudaError_t grouped_gemm_few_rows_init();
 cudaError_t grouped_gemm_few_rows(const GroupedGemm &g, int tile_rows, int blocks, cudaStream_t stream);

@@ -1,15 +1,18 @@
-// Grouped product for many rows an expert: tiles of 128 rows x 256 weight rows on mma.sync, weights as they lie in memory.
+// Grouped product for many rows an expert: tiles on mma.sync, weights as they lie in memory.
 //
+//   tile       kLarge: 128 rows x 256 weight rows x 64, 8 warps of 64 x 64, one block an SM; kSmall: 64 x 128 x 64, 4 warps of 64 x 32,
+//              two blocks an SM where they fit. With SwiGLU half of the weight rows are gate and half the same of up, so both of a
+//              column are in one thread
 //   grid       all tiles there can be for `rows`; a block finds its tile from the offsets and ends at once if there is none
-//   tile       128 x 256 x 32, 8 warps of 64 x 64; with SwiGLU the 256 weight rows are 128 of gate and the same 128 of up, 32 and 32
-//              a warp, so both halves of a column are in one thread
-//   stages     4 of 24 KB (128 x 32 of A through a_rows, 256 x 32 of weights) by cp.async, 16 bytes a thread: 96 KB of shared
-//              memory. Rows are 64 bytes, their four 16-byte units swizzled by (row / 2) % 4: no bank conflict in copies or ldmatrix
-//   registers  128 accumulators, 32 of fragments; one block an SM
+//   stages     2 of 48 KB, 4 of 24 KB: rows of A through a_rows, and weights, by cp.async, 16 bytes a thread: 96 KB of shared memory.
+//              Rows are 128 bytes, their eight 16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
+//   registers  128 or 64 accumulators, twice 32 or 24 of fragments: those of the next 16 of k are read while these are multiplied
 //   barriers   one a stage
 //   order      16 tiles of rows by all columns, rows fastest: 132 blocks at work share 2048 rows of A and as many of weights
-//   moved      tiles * (128 + 256) * k * 2 bytes from L2; FLOPs: tiles * 128 * 256 * k * 2, less the halves of 64 rows that are empty
-//   floor      85 FLOP a byte from L2: 5.5 TB/s of L2 allow 470 TFLOP/s
+//   moved      tiles * (rows + weight rows) * k * 2 bytes from L2, rows that do not exist left out
+//   FLOPs      rows in sixteens * n * k * 2 (SwiGLU: * 4): a tile's 16 rows are skipped where it has none of them
+#include <type_traits>
+
 #include "common/launch.h"
 #include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
@@ -21,17 +24,28 @@ namespace {
 
 using namespace mixtral::sm80;
 
-constexpr int kRows = 128, kColumns = 256, kDepth = 32, kStages = 4, kThreads = 256;
-constexpr int kRowBytes = kDepth * 2, kStageBytes = (kRows + kColumns) * kRowBytes;
+constexpr int kDepth = 64, kRowBytes = kDepth * 2;
 constexpr int kGroup = 16;  // tiles of rows that share a pass over the weights
-static_assert(kStages * kStageBytes <= 99 * 1024, "what a block may have on every architecture since sm_80");
+
+template <int rows, int columns, int warps_m, int warps_n, int stages, int blocks>
+struct Tile {
+  static constexpr int kRows = rows, kColumns = columns, kWarpsN = warps_n, kThreads = warps_m * warps_n * 32, kBlocks = blocks;
+  static constexpr int kWarpRows = rows / warps_m, kWarpColumns = columns / warps_n, kStages = stages;
+  static constexpr int kStageBytes = (rows + columns) * kRowBytes, kShared = stages * kStageBytes;
+  static_assert(kShared <= 99 * 1024, "what a block may have on every architecture since sm_80");
+  static_assert(kThreads / 8 == kWarpColumns / 2, "a pass of copies has the gate or the up rows of a warp");
+};
+using LargeTile = Tile<128, 256, 2, 4, 2, 1>;
+using SmallTile = Tile<64, 128, 1, 4, 4, 2>;
 
 // Of unit `unit` (16 bytes) in row `row` of a stage.
-__device__ inline uint32_t place(int row, int unit) { return (uint32_t)(row * kRowBytes + (unit ^ (row / 2 % 4)) * 16); }
+__device__ inline uint32_t place(int row, int unit) { return (uint32_t)(row * kRowBytes + (unit ^ row % 8) * 16); }
 
-template <class T, bool kSwiglu>
-__global__ void __launch_bounds__(kThreads, 1) grouped_gemm_tiles_kernel(const __grid_constant__ GroupedGemm g, int column_tiles) {
+template <class T, bool kSwiglu, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    grouped_gemm_tiles_kernel(const __grid_constant__ GroupedGemm g, int column_tiles) {
   extern __shared__ __align__(128) uint8_t shared[];
+  constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns, kThreads = Tile::kThreads, kStages = Tile::kStages;
   constexpr int kOutColumns = kSwiglu ? kColumns / 2 : kColumns;
   const Segment segment = find_segment(g.expert_offsets, g.experts, g.rows, blockIdx.x,
                                        [&](int rows) { return (int64_t)((rows + kRows - 1) / kRows) * column_tiles; });
@@ -44,100 +58,120 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm_tiles_kernel(const _
   const int row0 = segment.begin + tile_row * kRows, rows = min(kRows, segment.rows - tile_row * kRows);
   const int64_t column0 = (int64_t)tile_column * kOutColumns;
 
-  // Copies: thread t has unit t % 4 of rows t / 4 + 64 i of both operands.
-  const int thread = threadIdx.x, lane = thread % 32, copy_row = thread / 4;
-  const int64_t copy_k = thread % 4 * 8;
-  const T *a[2];
-  bool a_inside[2];
+  // Copies: thread t has unit t % 8 of rows t / 8 + kPass i. Pass i of the weights has columns kPass i and on; with SwiGLU columns
+  // kPass (i / 2) and on of gate (i even) or of up: those of one warp follow each other.
+  const int thread = threadIdx.x, lane = thread % 32, copy_row = thread / 8, copy_k = thread % 8 * 8;
+  constexpr int kPass = kThreads / 8, kCopiesA = kRows / kPass, kCopiesW = kColumns / kPass;
+  const T *a[kCopiesA];  // NULL: zeros
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const T *row = copy_row + i * 64 < rows ? a_row<T>(g, row0 + copy_row + i * 64) : nullptr;
-    a_inside[i] = row != nullptr;
-    a[i] = (row ? row : (const T *)g.a) + copy_k;
+  for (int i = 0; i < kCopiesA; ++i) {
+    a[i] = copy_row + i * kPass < rows ? a_row<T>(g, row0 + copy_row + i * kPass) : nullptr;
+    if (a[i]) a[i] += copy_k;
   }
-  // Weight row 64 i + j of a stage is column 64 i + j, with SwiGLU 32 i + j % 32 of gate (j < 32) or of up.
-  const int64_t w_column = column0 + (kSwiglu ? copy_row % 32 : copy_row);
-  const int64_t w_row = w_column + (kSwiglu && copy_row >= 32 ? g.n : 0);
-  constexpr int kStep = kSwiglu ? 32 : 64;
-  const T *w = (const T *)g.w + segment.expert * g.w_expert_stride + w_row * g.w_stride + copy_k;
-
-  const uint32_t base = shared_address(shared), to = place(copy_row, thread % 4);
+  const int columns_left = (int)min(g.n - column0 - copy_row, (int64_t)kColumns);
+  const T *const w = (const T *)g.w + segment.expert * g.w_expert_stride + (column0 + copy_row) * g.w_stride + copy_k;
+  const int64_t up = g.n * g.w_stride;
+  const uint32_t base = shared_address(shared), to = place(copy_row, thread % 8);
   const auto load = [&](int stage, int64_t k0) {
-    const uint32_t at = base + stage * kStageBytes + to;
+    const uint32_t at = base + stage * Tile::kStageBytes + to;
     const int bytes = bytes_left(g.k, k0 + copy_k);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) cp_async_16(at + i * 64 * kRowBytes, a_inside[i] && bytes ? a[i] + k0 : (const T *)g.a, a_inside[i] ? bytes : 0);
+    for (int i = 0; i < kCopiesA; ++i) {
+      const bool inside = a[i] && bytes;
+      cp_async_16(at + i * kPass * kRowBytes, inside ? a[i] + k0 : (const T *)g.a, inside ? bytes : 0);
+    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool inside = w_column + i * kStep < g.n && bytes;
-      cp_async_16(at + (kRows + i * 64) * kRowBytes, inside ? w + i * kStep * g.w_stride + k0 : (const T *)g.w, inside ? bytes : 0);
+    for (int i = 0; i < kCopiesW; ++i) {
+      const int column = (kSwiglu ? i / 2 : i) * kPass;
+      const bool inside = column < columns_left && bytes;
+      const T *from = w + column * g.w_stride + k0 + (kSwiglu && i % 2 ? up : 0);
+      cp_async_16(at + (kRows + i * kPass) * kRowBytes, inside ? from : (const T *)g.w, inside ? bytes : 0);
     }
   };
 
+  // Warp (m, n); fragment i of A is rows 16 i, fragment j of the weights rows 16 j of the warp's.
+  constexpr int kWarpRows = Tile::kWarpRows, kWarpColumns = Tile::kWarpColumns, kFragmentsA = kWarpRows / 16, kFragmentsW = kWarpColumns / 16;
+  const int warp_m = thread / 32 / Tile::kWarpsN, warp_n = thread / 32 % Tile::kWarpsN;
+  const uint32_t a_from = base + place(warp_m * kWarpRows + lane % 16, lane / 16);
+  const uint32_t w_from = base + kRows * kRowBytes + place(warp_n * kWarpColumns + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   const int depth_tiles = (int)((g.k + kDepth - 1) / kDepth);
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-    if (s < depth_tiles) load(s, (int64_t)s * kDepth);
-    cp_async_commit();
-  }
+  float sum[kFragmentsA][2 * kFragmentsW][4] = {};
 
-  // Warp (m, n) of 2 x 4 has rows 64 m and weight rows 64 n; fragment i of A is rows 16 i, j of the weights rows 8 j.
-  const int warp_m = thread / 32 / 4, warp_n = thread / 32 % 4;
-  const bool busy = warp_m * 64 < rows;
-  const uint32_t a_from = base + place(warp_m * 64 + lane % 16, lane / 16);
-  const uint32_t w_from = base + kRows * kRowBytes + place(warp_n * 64 + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  float sum[4][8][4] = {};
-  for (int tile = 0, stage = 0; tile < depth_tiles; ++tile) {
+  // The whole of k. `full`: all of the tile's sixteens of rows have rows, else this warp has `used` of them.
+  const auto multiply = [&](auto full, int used) {
+    uint32_t fa[2][kFragmentsA][4], fw[2][kFragmentsW][4];
+    const auto read = [&](int buffer, int stage, int step) {
+      const uint32_t at = stage * Tile::kStageBytes;
+#pragma unroll
+      for (int i = 0; i < kFragmentsA; ++i)
+        if (full.value || i < used) ldmatrix_x4(fa[buffer][i], (a_from + at + i * 16 * kRowBytes) ^ (step * 32));
+#pragma unroll
+      for (int j = 0; j < kFragmentsW; ++j) ldmatrix_x4(fw[buffer][j], (w_from + at + j * 16 * kRowBytes) ^ (step * 32));
+    };
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (s < depth_tiles) load(s, (int64_t)s * kDepth);
+      cp_async_commit();
+    }
     cp_async_wait<kStages - 2>();
     __syncthreads();
-    const int next = tile + kStages - 1;
-    if (next < depth_tiles) load((stage + kStages - 1) % kStages, (int64_t)next * kDepth);
-    cp_async_commit();
-    if (busy) {
+    read(0, 0, 0);
+#pragma unroll 1
+    for (int tile = 0, stage = 0; tile < depth_tiles; ++tile) {
+      const int next_stage = stage + 1 == kStages ? 0 : stage + 1, load_stage = stage ? stage - 1 : kStages - 1;
 #pragma unroll
       for (int step = 0; step < kDepth / 16; ++step) {
-        uint32_t fa[4][4], fw[4][4];  // 16 x 16 each
+        if (step == 0) {  // all warps are past the last stage's last reads
+          if (tile + kStages - 1 < depth_tiles) load(load_stage, (int64_t)(tile + kStages - 1) * kDepth);
+          cp_async_commit();
+        }
+        if (step < kDepth / 16 - 1) {
+          read((step + 1) % 2, stage, step + 1);
+        } else {
+          cp_async_wait<kStages - 2>();
+          __syncthreads();
+          read((step + 1) % 2, next_stage, 0);
+        }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ldmatrix_x4(fa[i], (a_from + stage * kStageBytes + i * 16 * kRowBytes) ^ (step * 32));
+        for (int i = 0; i < kFragmentsA; ++i)
+          if (full.value || i < used) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) ldmatrix_x4(fw[j], (w_from + stage * kStageBytes + j * 16 * kRowBytes) ^ (step * 32));
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int j = 0; j < 8; ++j) mma_m16n8k16(sum[i][j], fa[i], fw[j / 2][j % 2 * 2], fw[j / 2][j % 2 * 2 + 1], T());
+            for (int j = 0; j < 2 * kFragmentsW; ++j)
+              mma_m16n8k16(sum[i][j], fa[step % 2][i], fw[step % 2][j / 2][j % 2 * 2], fw[step % 2][j / 2][j % 2 * 2 + 1], T());
+          }
       }
+      stage = next_stage;
     }
-    stage = (stage + 1) % kStages;
+  };
+  if (depth_tiles == 0) {
+  } else if (rows > kRows - 16) {
+    multiply(std::true_type(), kFragmentsA);
+  } else {
+    multiply(std::false_type(), min(max((rows - warp_m * kWarpRows + 15) / 16, 0), kFragmentsA));
   }
 
-  // The result goes through shared memory, [128, kOutColumns] with 16-byte units swizzled by row % 8, to be stored 16 bytes at a time.
+  // The result goes through shared memory, [kRows, kOutColumns] with 16-byte units swizzled by row % 8, to be stored 16 bytes at a time.
   cp_async_wait<0>();
   __syncthreads();
-  constexpr int kOutBytes = kOutColumns * 2;
-  const auto out_place = [](int row, int unit) { return row * kOutBytes + (unit ^ row % 8) * 16; };
-  if (busy) {
-    constexpr int kFragments = kSwiglu ? 4 : 8;
+  const auto out_place = [](int row, int unit) { return row * kOutColumns * 2 + (unit ^ row % 8) * 16; };
+  constexpr int kEights = kSwiglu ? kFragmentsW : 2 * kFragmentsW;  // of a warp's columns
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < kFragmentsA; ++i)
 #pragma unroll
-      for (int j = 0; j < kFragments; ++j)
+    for (int j = 0; j < kEights; ++j)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float x[2];
+      for (int half = 0; half < 2; ++half) {
+        T pair[2];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            x[e] = sum[i][j][half * 2 + e];
-            if (kSwiglu) x[e] = silu(x[e]) * sum[i][(j + 4) % 8][half * 2 + e];
-          }
-          T pair[2];
-          from_float(x[0], pair[0]);
-          from_float(x[1], pair[1]);
-          uint32_t bits;
-          memcpy(&bits, pair, 4);
-          const int row = warp_m * 64 + i * 16 + half * 8 + lane / 4;
-          *(uint32_t *)(shared + out_place(row, warp_n * kFragments + j) + lane % 4 * 4) = bits;
+        for (int e = 0; e < 2; ++e) {
+          const float x = sum[i][j][half * 2 + e];
+          from_float(kSwiglu ? silu(x) * sum[i][(j + kFragmentsW) % (2 * kFragmentsW)][half * 2 + e] : x, pair[e]);
         }
-  }
+        uint32_t bits;
+        memcpy(&bits, pair, 4);
+        const int row = warp_m * kWarpRows + i * 16 + half * 8 + lane / 4;
+        *(uint32_t *)(shared + out_place(row, warp_n * kEights + j) + lane % 4 * 4) = bits;
+      }
   __syncthreads();
   for (int i = thread; i < rows * (kOutColumns / 8); i += kThreads) {
     const int row = i / (kOutColumns / 8), unit_of_row = i % (kOutColumns / 8);
@@ -147,24 +181,35 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm_tiles_kernel(const _
   }
 }
 
+// Calls body(kernel, tile) with the kernel for these types.
+template <class Body>
+void with_kernel(int32_t dtype, bool swiglu, int tile_rows, const Body &body) {
+  with_half_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    if (tile_rows == LargeTile::kRows)
+      body(swiglu ? grouped_gemm_tiles_kernel<T, true, LargeTile> : grouped_gemm_tiles_kernel<T, false, LargeTile>, LargeTile());
+    else
+      body(swiglu ? grouped_gemm_tiles_kernel<T, true, SmallTile> : grouped_gemm_tiles_kernel<T, false, SmallTile>, SmallTile());
+  });
+}
+
 }  // namespace
 
 cudaError_t grouped_gemm_tiles_init() {
-  for (const void *kernel : {(const void *)grouped_gemm_tiles_kernel<__nv_bfloat16, false>, (const void *)grouped_gemm_tiles_kernel<__nv_bfloat16, true>,
-                             (const void *)grouped_gemm_tiles_kernel<__half, false>, (const void *)grouped_gemm_tiles_kernel<__half, true>}) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kStages * kStageBytes);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  cudaError_t error = cudaSuccess;
+  for (const int32_t dtype : {MIXTRAL_DTYPE_BF16, MIXTRAL_DTYPE_F16})
+    for (const bool swiglu : {false, true})
+      for (const int tile_rows : {LargeTile::kRows, SmallTile::kRows})
+        with_kernel(dtype, swiglu, tile_rows, [&](auto kernel, auto tile) {
+          if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, tile.kShared);
+        });
+  return error;
 }
 
-cudaError_t grouped_gemm_tiles(const GroupedGemm &g, cudaStream_t stream) {
-  const int out_columns = g.swiglu ? kColumns / 2 : kColumns;
-  const int64_t column_tiles = (g.n + out_columns - 1) / out_columns;
-  with_half_type(g.dtype, [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = g.swiglu ? grouped_gemm_tiles_kernel<T, true> : grouped_gemm_tiles_kernel<T, false>;
-    kernel<<<(unsigned)(most_row_tiles(g, kRows) * column_tiles), kThreads, kStages * kStageBytes, stream>>>(g, (int)column_tiles);
+cudaError_t grouped_gemm_tiles(const GroupedGemm &g, int tile_rows, cudaStream_t stream) {
+  with_kernel(g.dtype, g.swiglu, tile_rows, [&](auto kernel, auto tile) {
+    const int64_t out_columns = g.swiglu ? tile.kColumns / 2 : tile.kColumns, column_tiles = (g.n + out_columns - 1) / out_columns;
+    kernel<<<(unsigned)(most_row_tiles(g, tile.kRows) * column_tiles), tile.kThreads, tile.kShared, stream>>>(g, (int)column_tiles);
   });
   return cudaGetLastError();
 }
