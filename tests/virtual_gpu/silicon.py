@@ -6,7 +6,6 @@ import ctypes
 import functools
 import re
 
-import numpy as np
 import pytest
 
 import vgpu
@@ -20,15 +19,32 @@ class Driver:
     """libcuda with the primary context of device 0."""
 
     def __init__(self):
-        self.cuda, self.device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+        self.cuda, self.device, self.resets = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), 0
         self.call("cuInit", 0)
         self.call("cuDeviceGet", ctypes.byref(self.device), 0)
-        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self.device)
-        self.call("cuCtxSetCurrent", context)
+        self.retain()
 
     def call(self, name, *args):
         if status := getattr(self.cuda, name)(*args):
             raise DriverError(f"{name}: error {status}")
+
+    def retain(self):
+        context = ctypes.c_void_p()
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self.device)
+        self.call("cuCtxSetCurrent", context)
+
+    def call_or_reset(self, name, *args):
+        """A call after which the next one finds a context that works: what a kernel did wrong fails all calls until its context has
+        gone, and all modules and memory with it (resets counts that)."""
+        try:
+            self.call(name, *args)
+        except DriverError:
+            if self.cuda.cuCtxSynchronize():
+                self.resets += 1
+                self.call("cuDevicePrimaryCtxReset_v2", self.device)
+                self.release()
+                self.retain()
+            raise
 
     def attribute(self, which):
         value = ctypes.c_int()
@@ -54,7 +70,7 @@ class Gpu:
 
     def __init__(self, arch=90, seed=0, random_completion=False, sm_count=4, instruction_limit=0, max_reports=0):
         self.arch, self.counters, self.arrays = arch, [], {}
-        self.cuda, self.call = driver().cuda, driver().call
+        self.driver, self.cuda, self.call = driver(), driver().cuda, driver().call_or_reset
         self.capability = [driver().attribute(which) for which in (75, 76)]  # COMPUTE_CAPABILITY_MAJOR, _MINOR
 
     def module(self, ptx):
@@ -67,7 +83,7 @@ class Gpu:
     @contextlib.contextmanager
     def mapped(self, arrays):
         """The arrays' memory on the device, copied there and, what is writable, back at the end."""
-        made = {}
+        made, resets = {}, self.driver.resets
         for address, size, _, writable, _ in vgpu.ranges_of(arrays, {address: size for address, (_, size, _) in self.arrays.items()}):
             pointer = ctypes.c_uint64()
             self.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
@@ -82,7 +98,8 @@ class Gpu:
                     self.call("cuMemcpyDtoH_v2", ctypes.c_void_p(address), pointer, ctypes.c_size_t(size))
         finally:
             for address, (pointer, _, _) in made.items():
-                self.cuda.cuMemFree_v2(pointer)
+                if resets == self.driver.resets:
+                    self.cuda.cuMemFree_v2(pointer)
                 del self.arrays[address]
 
     def pointer(self, array):
@@ -108,17 +125,18 @@ class Module:
     """Kernels from PTX text; `launch` takes what vgpu.Module.launch takes."""
 
     def __init__(self, gpu, ptx):
-        self.gpu, self.handle = gpu, ctypes.c_void_p()
+        self.gpu, self.handle, self.resets = gpu, ctypes.c_void_p(), gpu.driver.resets
         self.ptx, self.kernels = ptx, vgpu.kernels_of(ptx)
         gpu.call("cuModuleLoadData", ctypes.byref(self.handle), ptx.encode() + b"\0")
 
     def __del__(self):
-        if self.handle:
+        if self.handle and self.resets == self.gpu.driver.resets:
             self.gpu.cuda.cuModuleUnload(self.handle)
 
     def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=(), programmatic=False,
                cooperative=False):
         name = vgpu.one_kernel(self.kernels, kernel)
+        assert self.resets == self.gpu.driver.resets, "this module went with the context of a kernel that failed"
         with self.gpu.mapped(vgpu.arrays_of(args, written, fresh)):
             self._launch(name, *vgpu.shape_of(grid, block, cluster), args, vgpu.whole("shared", shared),
                          [PROGRAMMATIC] * programmatic + [COOPERATIVE] * cooperative)
@@ -132,12 +150,12 @@ class Module:
         values = vgpu.values_of(args, self.kernels[name], gpu.pointer, gpu.cuda.cuTensorMapEncodeTiled)
         attributes = (_Attribute * 3)()
         count = 0
+        if gpu.capability[0] >= 9:  # of more than 8 blocks, given here or by the kernel's own directive
+            gpu.call("cuFuncSetAttribute", function, WIDE_CLUSTERS, ctypes.c_int(1))
         if any(cluster):
             attributes[count].id = CLUSTER_DIMENSION
             attributes[count].value[:3] = cluster
             count += 1
-            if np.prod(cluster) > 8:
-                gpu.call("cuFuncSetAttribute", function, WIDE_CLUSTERS, ctypes.c_int(1))
         for flag in flags:
             attributes[count].id = flag
             attributes[count].value[0] = 1
