@@ -5,7 +5,7 @@ import pytest
 
 import vgpu
 from raw_ptx import Kernel, aligned, wait
-from test_bulk_copy import BULK_LOAD, BULK_STORE, COMMIT, FENCE, INIT, INIT_FENCE, MODES, STORE, WAIT
+from test_bulk_copy import BULK_LOAD, BULK_STORE, COMMIT, FENCE, INIT, INIT_FENCE, MODES, TENSOR_LOAD, load_kernel
 
 # Through global memory within a kernel: what a block wrote by ordinary stores (with a proxy fence) or by a bulk store comes back.
 ORDINARY = "cvt.u64.u32 o, i; add.u64 o, out, o; ld.shared.u32 v, [a]; st.global.u32 [o], v;"
@@ -90,20 +90,22 @@ def test_source_overwritten():
 
 
 def test_neighbour_of_a_copy_in_flight():
-    """A row of 7 elements of 2 bytes is stored while the 8th, in the same 4 bytes as the 7th, is written."""
-    store = STORE.edit(WAIT, f"mov.u16 %h0, 9;\nst.global.u16 [beside], %h0;\n{WAIT}", "i, 512;", "i, 64;", names="m x x1 x0 beside")
+    """A row of 7 elements of 2 bytes is loaded while the 8th, in the same 4 bytes as the 7th, is written."""
+    load = load_kernel(2, 256)
+    load = load.edit(TENSOR_LOAD, f"{TENSOR_LOAD}\nmov.u16 %h0, 9;\nst.global.u16 [beside], %h0;", names="m out x1 x0 beside")
 
     def run(kernel, seed=0, element=7):
-        whole, x = aligned((16, 8), np.uint16), np.arange(1, 129, dtype=np.uint16).reshape(16, 8)
+        whole, out = aligned((16, 8), np.uint16), np.zeros((16, 8), np.uint16)
+        whole[:] = np.arange(1, 129).reshape(16, 8)
+        wanted = whole * (np.arange(8) < 7)
         with vgpu.Gpu().mapped([("whole", whole, True, True)]):
-            kernel.run(vgpu.TensorMap(whole[:, :7], (16, 8), 0), x, np.int32(0), np.int32(0), np.uint64(whole.ctypes.data + 2 * element),
+            kernel.run(vgpu.TensorMap(whole[:, :7], (16, 8), 0), out, np.int32(0), np.int32(0), np.uint64(whole.ctypes.data + 2 * element),
                        seed=seed, block=64)
-        wanted = x * (np.arange(8) < 7)
-        wanted[0, 7] = 9
-        np.testing.assert_array_equal(whole, wanted)
+        np.testing.assert_array_equal(out, wanted)
+        assert whole[0, 7] == 9
 
-    run(store)
-    store.caught(lambda k, seed: run(k, seed, 6), "in-flight", "st.global.u16 [beside]", "writes byte 12 of whole, which the copy")
+    run(load)
+    load.caught(lambda k, seed: run(k, seed, 6), "in-flight", "st.global.u16 [beside]", "writes byte 12 of whole, which the copy")
 
 
 # Threads 0 and 1 store 16 bytes each; then thread 0 overwrites what both read from.

@@ -56,7 +56,7 @@ __device__ inline bool mbarrier_try_wait_cluster(uint32_t barrier, uint32_t pari
 // Ordinary stores to shared memory before it are seen by asynchronous copies and wgmma after it.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Loads the box at (x, y), x innermost; `to` is 128-byte aligned; completes box bytes at `barrier`.
+// Loads the box at (x, y), x innermost, a multiple of 16 bytes; `to` is 128-byte aligned; completes box bytes at `barrier`.
 __device__ inline void tma_load_2d(uint32_t to, const CUtensorMap *map, uint32_t barrier, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to), "l"(map),
                "r"(barrier), "r"(x), "r"(y)

@@ -188,8 +188,15 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
         launch.stop = true;
         return;
       }
+      // The PTX ISA has neither this rule nor that of ragged rows below; H100s are known to end in an illegal instruction, or to write there.
+      if (origin[0] * map.element_bytes % 16) {
+        launch.report("misaligned", &w, l, &in, "a tensor copy from byte " + std::to_string(origin[0] * map.element_bytes) +
+                      " of the rows of a tensor, which is not a multiple of 16");
+        continue;
+      }
       uint32_t shared = place.offset;
       uint32_t index[5] = {};
+      bool ragged = false;
       const uint64_t rows = (uint64_t)count[1] * count[2] * count[3] * count[4];
       if (rows * row_bytes > w.cta->shared.data.size()) {
         launch.report("out-of-range", &w, l, &in, "a box of " + std::to_string(rows * row_bytes) + " bytes, more than there is of shared memory");
@@ -207,6 +214,7 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
           // 5.5 "Out of Boundary Access": elements outside of the tensor read as zero and are not written.
           const int64_t first = origin[0] + from / map.element_bytes, wanted = unit / map.element_bytes;
           const int64_t low = std::max<int64_t>(first, 0), high = std::min<int64_t>(first + wanted, (int64_t)map.dim[0]);
+          ragged |= inside && low < high && high < first + wanted && high * map.element_bytes % 16;
           const uint32_t to = swizzled(shared + kSharedBase, map.swizzle) - kSharedBase;
           const auto add = [&](int64_t begin, int64_t end, bool fill) {
             if (begin >= end || (fill && in.b)) return;
@@ -226,6 +234,11 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
           }
         }
         for (int i = 1; i < 5 && ++index[i] == count[i]; ++i) index[i] = 0;
+      }
+      if (ragged && in.b) {  // hardware writes 16 bytes or none of them
+        launch.report("out-of-range", &w, l, &in, "a tensor copy writes beyond rows of " + std::to_string(map.dim[0] * map.element_bytes) +
+                      " bytes, up to the next multiple of 16");
+        continue;
       }
       copy->swizzle = (uint8_t)(1 + map.swizzle);
       copy->bytes = (int64_t)rows * row_bytes;  // what lies outside counts too
