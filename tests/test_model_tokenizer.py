@@ -4,14 +4,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from mistral_common.protocol.instruct.messages import UserMessage
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.tokens.tokenizers import mistral
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from tokenizers import Tokenizer as JsonTokenizer
-from tokenizers import decoders, models, normalizers, processors
 
-from mixtral_model import ModelError, TextStream, Tokenizer
+pytest.importorskip("mistral_common", reason="needs mistral-common")
+from mistral_common.protocol.instruct.messages import UserMessage  # noqa: E402
+from mistral_common.protocol.instruct.request import ChatCompletionRequest  # noqa: E402
+from mistral_common.tokens.tokenizers import mistral  # noqa: E402
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer  # noqa: E402
+from tokenizers import Tokenizer as JsonTokenizer  # noqa: E402
+from tokenizers import decoders, models, normalizers, processors  # noqa: E402
+
+from mixtral_model import ModelError, TextStream, Tokenizer  # noqa: E402
 
 DATA = Path(mistral.__file__).parents[2] / "data"
 FILES = ["tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2", "mistral_instruct_tokenizer_240323.model.v3", "tekken_240718.json"]
