@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "common/launch.h"
+#include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
 #include "moe_routing.cuh"
 
@@ -26,34 +27,51 @@ namespace {
 // ------------------------------------------------------------------------------------------------------------ keys
 
 template <class T>
-using Key = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
+using Key = std::conditional_t<sizeof(T) == 2, int32_t, int64_t>;
 
-// Larger is better, equal for -0 and +0, NaN above all, 0 below all; multiples of 2^13 for values of 16-bit floats.
-__device__ inline uint32_t order_of(float x) {
-  const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0xffffe000u;
-  return bits >> 31 ? 0x80000000u - magnitude : 0x80000000u + magnitude;
+// Below the key of -inf.
+template <class K>
+constexpr K kNone = std::is_same_v<K, int32_t> ? INT32_MIN : INT64_MIN;
+
+// Sign and magnitude to two's complement less 1, and back. -0 has become +0 and NaN 0x7f..f before.
+__device__ inline int32_t ordered(int32_t bits) { return bits ^ (bits >> 31 & INT32_MAX); }
+
+__device__ inline void make_keys(const float *x, int first_expert, int64_t *keys) {
+  const float y = x[0] + 0.0f;
+  const int32_t order = y != y ? INT32_MAX : ordered(__float_as_int(y));
+  keys[0] = (int64_t)((uint64_t)(uint32_t)order << 32 | (uint32_t)~first_expert);
 }
 
+// Two 16-bit floats at once; the value is the key's upper half, the expert its lower one.
 template <class T>
-__device__ Key<T> key_of(T x, int expert) {
-  const uint32_t id = kExpertsLimit - 1 - expert;
-  if constexpr (sizeof(T) == 2)
-    return order_of(to_float(x)) | id;
-  else
-    return (uint64_t)order_of(x) << 32 | id;
+__device__ void make_keys(const T *x, int first_expert, int32_t *keys) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Pair zero, minus_infinity, pair;
+  from_float(0.0f, zero.x), from_float(-CUDART_INF_F, minus_infinity.x);
+  zero.y = zero.x, minus_infinity.y = minus_infinity.x, pair.x = x[0], pair.y = x[1];
+  pair = __hmax2_nan(__hadd2(pair, zero), minus_infinity);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  bits ^= sm80::signs_of_halves(bits) & 0x7fff7fffu;
+  keys[0] = (int32_t)__byte_perm(bits, (uint32_t)~first_expert, 0x1054);
+  keys[1] = (int32_t)__byte_perm(bits, (uint32_t)~(first_expert + 1), 0x3254);
 }
 
 template <class K>
 __device__ int id_of(K key) {
-  return kExpertsLimit - 1 - (int)(key & (kExpertsLimit - 1));
+  return (int)~key & (kExpertsLimit - 1);
 }
 
 // NaN comes back as NaN, -0 as +0.
-template <class K>
-__device__ float value_of(K key) {
-  const uint32_t order = sizeof(K) == 4 ? (uint32_t)key & 0xffffe000u : (uint32_t)((uint64_t)key >> 32);
-  return order < 0x80000000u ? -__uint_as_float(0x80000000u - order) : __uint_as_float(order - 0x80000000u);
+template <class T>
+__device__ float value_of(Key<T> key) {
+  if constexpr (sizeof(T) == 4) return __int_as_float(ordered((int32_t)(key >> 32)));
+  else {
+    const uint16_t bits = (uint16_t)((uint32_t)ordered(key & (int32_t)0xffff0000u) >> 16);
+    T x;
+    memcpy(&x, &bits, sizeof x);
+    return to_float(x);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------ rows
@@ -85,6 +103,13 @@ __device__ Logits<T, kExperts> load_logits(const T *p, int experts) {
   return row;
 }
 
+template <int kExperts, class T>
+__device__ void make_keys(const Logits<T, kExperts> &row, int first_expert, Key<T> (&keys)[kExperts]) {
+  constexpr int kStep = 4 / sizeof(T);
+#pragma unroll
+  for (int e = 0; e < kExperts; e += kStep) make_keys(row.x + e, first_expert + e, keys + e);
+}
+
 // The top_k best of the keys in kLanes neighbouring lanes, best first, the same in every lane.
 template <int kLanes, int kMost, int kExperts, class K>
 __device__ void choose_best(K (&keys)[kExperts], int top_k, K (&best)[kMost]) {
@@ -98,7 +123,7 @@ __device__ void choose_best(K (&keys)[kExperts], int top_k, K (&best)[kMost]) {
     for (int offset = kLanes / 2; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, offset));
 #pragma unroll
     for (int e = 0; e < kExperts; ++e)
-      if (keys[e] == most) keys[e] = 0;
+      if (keys[e] == most) keys[e] = kNone<K>;
     best[j] = most;
   }
 }
@@ -106,12 +131,12 @@ __device__ void choose_best(K (&keys)[kExperts], int top_k, K (&best)[kMost]) {
 // What the softmax divides by: a sum over the chosen, or over all logits in kLanes neighbouring lanes.
 template <int kLanes, int kMost, int kExperts, class T>
 __device__ float denominator(const Logits<T, kExperts> &row, const Key<T> (&best)[kMost], int top_k, bool renormalize) {
-  const float greatest = value_of(best[0]);
+  const float greatest = value_of<T>(best[0]);
   float sum = 0.0f;
   if (renormalize) {
 #pragma unroll
     for (int j = 0; j < kMost; ++j)
-      if (j < top_k) sum += expf(value_of(best[j]) - greatest);
+      if (j < top_k) sum += expf(value_of<T>(best[j]) - greatest);
     return sum;
   }
 #pragma unroll
@@ -143,9 +168,14 @@ struct GateTokens : Gate<T> {
 
   __device__ void best_of(const Row &row, Key<T> (&best)[2]) const {
     Key<T> keys[kExperts];
+    make_keys(row, 0, keys);
+    best[0] = keys[0];
+    best[1] = kNone<Key<T>>;
 #pragma unroll
-    for (int e = 0; e < kExperts; ++e) keys[e] = key_of(row.x[e], e);
-    choose_best<1>(keys, this->top_k, best);
+    for (int e = 1; e < kExperts; ++e) {
+      best[1] = max(best[1], min(best[0], keys[e]));
+      best[0] = max(best[0], keys[e]);
+    }
   }
 
   __device__ void choose(const Row &row, int (&id)[2]) const {
@@ -158,12 +188,12 @@ struct GateTokens : Gate<T> {
   __device__ void choose_and_write(int64_t token, const Row &row, int (&id)[2]) const {
     Key<T> best[2];
     best_of(row, best);
-    const float sum = denominator<1>(row, best, this->top_k, this->renormalize), greatest = value_of(best[0]);
+    const float sum = denominator<1>(row, best, this->top_k, this->renormalize), greatest = value_of<T>(best[0]);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (j >= this->top_k) break;
       id[j] = id_of(best[j]);
-      this->weights[token * this->top_k + j] = expf(value_of(best[j]) - greatest) / sum;
+      this->weights[token * this->top_k + j] = expf(value_of<T>(best[j]) - greatest) / sum;
       this->ids[token * this->top_k + j] = id[j];
     }
   }
@@ -171,8 +201,10 @@ struct GateTokens : Gate<T> {
 
 // ---------------------------------------------------------------------------------------------------- two launches
 
+constexpr int kChunkThreads = 512;  // more than 64 registers for 64-bit keys
+
 template <class T, int kLanes, bool kVector>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kChunkThreads, 1)
     chunk_kernel(const __grid_constant__ Gate<T> gate, int64_t tokens, int64_t chunk_tokens, int32_t *__restrict__ chunk_counts) {
   constexpr int kExperts = 8;           // of a lane
   constexpr int kTokens = 32 / kLanes;  // of a warp at a time
@@ -183,15 +215,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int warp = threadIdx.x / 32, member = threadIdx.x % kLanes, first_expert = member * kExperts, top_k = gate.top_k;
   const int64_t chunk = blockIdx.x * chunk_tokens, chunk_end = min(chunk + chunk_tokens, tokens);
-  for (int64_t base = chunk + warp * kTokens; base < chunk_end; base += kWarps * kTokens) {
+  for (int64_t base = chunk + warp * kTokens; base < chunk_end; base += kChunkThreads / 32 * kTokens) {
     const int64_t token = base + threadIdx.x % 32 / kLanes, present = min(token, chunk_end - 1);
     const Logits<T, kExperts> row =
         load_logits<kExperts, kVector>(gate.logits + present * gate.stride + first_expert, gate.experts - first_expert);
     Key<T> keys[kExperts], best[kMost];
-#pragma unroll
-    for (int e = 0; e < kExperts; ++e) keys[e] = key_of(row.x[e], first_expert + e);
+    make_keys(row, first_expert, keys);
     choose_best<kLanes>(keys, top_k, best);
-    const float sum = denominator<kLanes>(row, best, top_k, gate.renormalize), greatest = value_of(best[0]);
+    const float sum = denominator<kLanes>(row, best, top_k, gate.renormalize), greatest = value_of<T>(best[0]);
 
     // Lane i of a token writes its j = i, or the only lane all.
 #pragma unroll
@@ -204,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int j = round + member;
       const bool used = token < chunk_end && j < top_k;
       if (used) {
-        gate.weights[token * top_k + j] = expf(value_of(key) - greatest) / sum;
+        gate.weights[token * top_k + j] = expf(value_of<T>(key) - greatest) / sum;
         gate.ids[token * top_k + j] = id_of(key);
       }
       count(counts, used ? id_of(key) : -1);
@@ -238,7 +269,7 @@ mixtral_status moe_gate(const mixtral_context &, const mixtral_moe_gate_params &
       return;
     }
     const auto choose = [&](auto kernel) {
-      kernel<<<(unsigned)config.chunks, kThreads, 0, (cudaStream_t)stream>>>(gate, tokens, config.chunk_tokens, (int32_t *)workspace);
+      kernel<<<(unsigned)config.chunks, kChunkThreads, 0, (cudaStream_t)stream>>>(gate, tokens, config.chunk_tokens, (int32_t *)workspace);
     };
     if (experts <= 8)
       choose(chunk_kernel<T, 1, kVector>);

@@ -66,8 +66,8 @@ struct WarpIds {
 template <int kExperts, class Source>
 __global__ void __launch_bounds__(kThreads, 1)
     route_kernel(const __grid_constant__ Source source, int tokens, int top_k, int experts, int chunk_tokens, Maps maps) {
-  static_assert(kExperts == 8 || kExperts == 16, "a thread's counters are one or two 64-bit words");
-  constexpr int kCounters = kExperts / 8;  // 64-bit words of 8 counters; a thread counts at most 16 tokens * 2
+  static_assert(kExperts == 8 || kExperts == 16, "two or four words of counters");
+  constexpr int kFours = kExperts / 4;     // 32-bit words of 4 counters; a thread counts at most 16 tokens * 2
   constexpr int kPairs = kExperts / 2;     // 32-bit words of 2 counters; a block counts at most 16384 * 2
   __shared__ uint32_t warp_counts[2 * kPairs][33];  // [all, then before my chunk][warp]; 33: reads and writes without conflicts
   __shared__ int group_counts[kOneLaunchChunk / 32][kExperts];  // of my chunk, by groups of 32 tokens
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int token = first + thread;
   const bool mine = thread < chunk_tokens && token < tokens;
 
-  uint64_t all[kCounters] = {}, before[kCounters] = {};
+  uint32_t all[kFours] = {}, before[kFours] = {};
   for (int base = thread; base < tokens; base += Source::kBatch * blockDim.x) {
     typename Source::Row rows[Source::kBatch];
 #pragma unroll
@@ -93,13 +93,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       int id[2];
       source.choose(rows[i], id);
 #pragma unroll
-      for (int c = 0; c < kCounters; ++c) {
+      for (int eight = 0; eight < kExperts / 8; ++eight) {
         uint64_t chosen = 0;
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          if (id[j] >= 0 && (kCounters == 1 || id[j] / 8 == c)) chosen += (uint64_t)1 << id[j] % 8 * 8;
-        all[c] += chosen;
-        if (t < first) before[c] += chosen;
+          if (id[j] >= 0 && (kExperts == 8 || id[j] / 8 == eight)) chosen += (uint64_t)1 << id[j] % 8 * 8;
+        all[2 * eight] += (uint32_t)chosen;
+        all[2 * eight + 1] += (uint32_t)(chosen >> 32);
+        if (t < first) {
+          before[2 * eight] += (uint32_t)chosen;
+          before[2 * eight + 1] += (uint32_t)(chosen >> 32);
+        }
       }
     }
   }
@@ -109,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (int i = 0; i < 2 * kPairs; ++i) {
     const int pair = i % kPairs;
-    const uint64_t counters = i < kPairs ? all[pair / 4] : before[pair / 4];
-    const uint32_t sum = __reduce_add_sync(kAllLanes, (uint32_t)(counters >> pair % 4 / 2 * 32 + pair % 2 * 8) & 0x00ff00ffu);
+    const uint32_t four = i < kPairs ? all[pair / 2] : before[pair / 2];
+    const uint32_t sum = __reduce_add_sync(kAllLanes, four >> pair % 2 * 8 & 0x00ff00ffu);
     if (lane == i) sums = sum;
   }
   if (lane < 2 * kPairs) warp_counts[lane][warp] = sums;
@@ -179,9 +183,9 @@ __device__ inline void count(int *counts, int id) {
   if (id >= 0 && (int)threadIdx.x % 32 == __ffs(peers) - 1) atomicAdd(&counts[id], __popc(peers));
 }
 
-// The first launch's histogram goes to column blockIdx.x of chunk_counts [E][chunks]. kThreads threads.
+// The first launch's histogram goes to column blockIdx.x of chunk_counts [E][chunks].
 __device__ inline void store_histogram(const int *counts, int experts, int32_t *chunk_counts) {
-  for (int e = threadIdx.x; e < experts; e += kThreads) chunk_counts[e * gridDim.x + blockIdx.x] = counts[e];
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) chunk_counts[e * gridDim.x + blockIdx.x] = counts[e];
 }
 
 template <class Id>

@@ -1,4 +1,4 @@
-// One wrapper per instruction of sm_80: asynchronous copies, matrix loads, tensor cores.
+// One wrapper per instruction of sm_80: byte permutation, asynchronous copies, matrix loads, tensor cores.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,6 +9,13 @@ namespace mixtral::sm80 {
 
 // A pointer into shared memory as the 32-bit address that the instructions below take.
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// The sign of each 16-bit half in all its bits (__byte_perm leaves out prmt's sign mode).
+__device__ inline uint32_t signs_of_halves(uint32_t x) {
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(x));
+  return signs;
+}
 
 // Copies 16 bytes to shared memory, past L1; of the source only the first `bytes` are read, the rest is zero. L2 fetches the
 // whole 128-byte line.
