@@ -4,9 +4,10 @@
 //                   but for the first time) and its own chunk's again; each row is one or two 16-byte loads where layout allows
 //   two launches    chunk_kernel: top-k and softmax of a chunk, 1, 8 or 32 lanes a token with 8 experts each, and the chunk's
 //                   histogram; then place_kernel on the ids
-//   keys            order of the f32 value as an unsigned integer, then the lower id: distinct, so the best is a maximum. The f32
-//                   value of a 16-bit float leaves 13 low bits free, where the id fits: 32-bit keys; f32 takes 64-bit ones
-//   registers       at most 64 (1024 threads); shared memory and barriers of the sort, chunk_kernel: 1 KB, two
+//   keys            the value's order as an integer above the inverted id: distinct, so the best is a maximum, and ties go to the lower
+//                   id. 32 bits for 16-bit floats, made two at a time; 64 bits for f32
+//   registers       one launch: 44 to 48 (E <= 8), 48 to 59, of 1024 threads; chunk_kernel: 45 to 96, of 512 threads
+//   shared          one launch: as the sort; chunk_kernel: 1 KB, two barriers
 //   floor           latency: 2 (or 2 * 2) dependent global accesses; by bandwidth T * (E * 2 + 16 * K) bytes, 0.1 us at T = 4096
 #include <math_constants.h>
 
@@ -65,8 +66,9 @@ __device__ int id_of(K key) {
 // NaN comes back as NaN, -0 as +0.
 template <class T>
 __device__ float value_of(Key<T> key) {
-  if constexpr (sizeof(T) == 4) return __int_as_float(ordered((int32_t)(key >> 32)));
-  else {
+  if constexpr (sizeof(T) == 4) {
+    return __int_as_float(ordered((int32_t)(key >> 32)));
+  } else {
     const uint16_t bits = (uint16_t)((uint32_t)ordered(key & (int32_t)0xffff0000u) >> 16);
     T x;
     memcpy(&x, &bits, sizeof x);
