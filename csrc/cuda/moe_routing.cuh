@@ -203,10 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   for (int e = lane; e < experts; e += 32) next[warp][e] = 0;
   __syncwarp();
-  for (int64_t base = run; base < run_end; base += 32) {
-    count(next[warp], expert_of(base + lane));
-    __syncwarp();
-  }
+  for (int64_t base = run; base < run_end; base += 32) count(next[warp], expert_of(base + lane));
 
   // A warp sums the histograms of every 32nd expert, a lane every 32nd chunk; the loads come first.
   constexpr int kRounds = kExpertsLimit / kWarps;

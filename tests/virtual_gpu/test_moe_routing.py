@@ -143,6 +143,14 @@ def test_sort_repeated_ids_and_skips(tokens, experts, top_k, dtype):
     check("moe_sort", inputs, run(vgpu.Gpu(seed=tokens % 3), "moe_sort", inputs, launches_of(tokens, top_k, experts)))
 
 
+@pytest.mark.parametrize("seed", (0, 1, 2))
+def test_sort_long_runs(seed):
+    """160 tokens a chunk, 1280 slots: a warp's run is 64 of them, taken 32 at a time."""
+    ids = torch.randint(-1, 4, (16500, 8), generator=torch.Generator().manual_seed(seed)).int()
+    inputs = dict(topk_ids=ids, num_experts=3)
+    check("moe_sort", inputs, run(vgpu.Gpu(seed=seed), "moe_sort", inputs, 2))
+
+
 @pytest.mark.parametrize("skip", (-1, 8, HUGE, -HUGE - 1))
 @pytest.mark.parametrize("top_k", (2, 3))
 def test_sort_one_expert_or_none(skip, top_k):
