@@ -12,7 +12,6 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "../core/error.h"
 #include "ops.h"
 
 namespace mixtral::cuda {
