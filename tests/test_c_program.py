@@ -10,7 +10,8 @@ import pytest
 
 from example_checks import assert_example, assert_example_cuda
 
-SOURCES = Path(__file__).parent / "c"
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "tests/c"
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 TEST_SOURCES = ["test_c_api.c", "test_values.c", "test_attention_values.c", "test_bad_arguments.c", "cases.c"]
 
@@ -75,8 +76,12 @@ def test_cuda_example_is_built(example_cuda):
 
 
 @pytest.mark.gpu
-def test_cuda_example(example_cuda):
-    assert_example_cuda(run(example_cuda))
+def test_cuda_example(tmp_path):
+    """With the library in mixtral_ext/lib, wherever that was built."""
+    lib = ROOT / "mixtral_ext/lib"
+    run("nvcc", "-std=c++17", SOURCES / "example_cuda.cpp", "-I", ROOT / "csrc/include", lib / "libmixtral_ext.so.0", f"-Xlinker=-rpath={lib}",
+        "-o", tmp_path / "example_cuda")
+    assert_example_cuda(run(tmp_path / "example_cuda"))
 
 
 def test_package_needs_nothing_else(c_prefix, build_tree):
