@@ -79,7 +79,7 @@ def test_cuda_example_is_built(example_cuda):
 def test_cuda_example(tmp_path):
     """With the library in mixtral_ext/lib, wherever that was built."""
     lib = ROOT / "mixtral_ext/lib"
-    run("nvcc", "-std=c++17", SOURCES / "example_cuda.cpp", "-I", ROOT / "csrc/include", lib / "libmixtral_ext.so.0", f"-Xlinker=-rpath={lib}",
+    run("nvcc", "-std=c++17", SOURCES / "example_cuda.cpp", "-I", ROOT / "csrc/include", f"-Xlinker={lib / 'libmixtral_ext.so.0'},-rpath,{lib}",
         "-o", tmp_path / "example_cuda")
     assert_example_cuda(run(tmp_path / "example_cuda"))
 

@@ -119,6 +119,11 @@ void Check::range(const char *name, int64_t value, int64_t low, int64_t high) {
           (long long)value);
 }
 
+void Check::cuda_multiple_of_8(const char *name, int64_t value) {
+  if (ok() && context_->device_type == MIXTRAL_DEVICE_CUDA && value % 8 != 0)
+    set(MIXTRAL_ERROR_INVALID_ARGUMENT, "%s: expected a multiple of 8 on CUDA, got %lld", name, (long long)value);
+}
+
 void Check::cpu_only() {
   if (ok() && context_->device_type == MIXTRAL_DEVICE_CUDA) set(MIXTRAL_ERROR_NOT_SUPPORTED, "not supported on CUDA yet");
 }

@@ -38,6 +38,8 @@ class Check {
   void range(const char *name, int64_t value, int64_t low, int64_t high);
   // Records a violation described by a printf format; the op name is put in front.
   __attribute__((format(printf, 3, 4))) void require(bool condition, const char *format, ...);
+  // A size that CUDA kernels go through 16 bytes at a time; any on the CPU.
+  void cuda_multiple_of_8(const char *name, int64_t value);
   // The op has no CUDA kernel yet.
   void cpu_only();
 
@@ -92,6 +94,7 @@ mixtral_status check_grouped(const char *op, const mixtral_context *context, con
   c.range("out.shape[0] (rows)", rows, 0, INT32_MAX);
   c.tensor("out", p.out, {rows, weights.shape[1] / (gated ? 2 : 1)}, kFloats, kOutput);
   c.same_dtype("out", p.out, "a", p.a);
+  c.cuda_multiple_of_8("a.shape[1]", p.a.shape[1]);
   return c.status();
 }
 

@@ -12,7 +12,7 @@ cuda::GroupedGemmConfig grouped_gemm_config(int64_t rows, int64_t expert_rows, i
   if (rows > 64 && rows > 16 * experts) return {cuda::GroupedGemmKernel::kTiles, rows <= 192 * experts ? 64 : 128, 0};
   int32_t tile_rows = 8;
   while (tile_rows < 64 && tile_rows < expert_rows) tile_rows *= 2;
-  return {cuda::GroupedGemmKernel::kFewRows, tile_rows, 2 * sm_count};
+  return {cuda::GroupedGemmKernel::kFewRows, tile_rows, tile_rows == 8 ? sm_count : 2 * sm_count};
 }
 
 }  // namespace mixtral::api

@@ -37,6 +37,8 @@ mixtral_status check(const mixtral_context *context, const mixtral_moe_experts_p
   }
   c.tensor("out", p.out, {tokens, hidden}, kFloats, kOutput);
   c.same_dtype("out", p.out, "hidden", p.hidden);
+  c.cuda_multiple_of_8("hidden.shape[1]", hidden);
+  c.cuda_multiple_of_8("w_down.shape[2]", p.w_down.shape[2]);
   return c.status();
 }
 

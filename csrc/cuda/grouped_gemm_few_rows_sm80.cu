@@ -1,16 +1,16 @@
 // Grouped product for few rows an expert (decoding): the weights are the 16-row operand of mma.sync and the rows of A its 8 columns, so
 // that 1 to 64 rows ride along while the weights of the experts that have rows stream through once.
 //
-//   unit       16 weight rows a warp (with SwiGLU 8 of gate and the same 8 of up) x up to kRows rows of an expert x all of k
-//   grid       two blocks an SM, block b takes the units b, b + gridDim.x, ..: all SMs read to the end, and a block's copies run on into
-//              its next unit. Experts without rows have no units
-//   step       64 of k; groups of 8 rows of A beyond the expert's are neither loaded nor multiplied
+//   unit       64 weight rows (with SwiGLU 32 of gate and the same 32 of up) x up to kRows rows of an expert x all of k
+//   grid       one or two blocks an SM, block b takes the units b, b + gridDim.x, ..: all SMs read to the end, and a block's copies run on
+//              into its next unit. Experts without rows have no units
+//   step       64 of k, 4 warps of 16 weight rows (8 of gate and the 8 of up); groups of 8 rows of A beyond the expert's are neither
+//              loaded nor multiplied
 //   kRows          8       16       32       64    rows of A that one pass over the weights serves
-//   warps          2        4        4        4    2: at T = 1 the units are few, and smaller ones divide better
-//   stages        16        8        7        5    of 2 KB of weights a warp + 128 bytes a row of A, by cp.async. Rows are 128 bytes, their
-//                                                  eight 16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
-//   shared     80.5 KB  82 KB    88 KB    88 KB    with the result's kRows * 32 bytes a warp
-//   in flight    120 KB  112 KB    96 KB    64 KB  of weights an SM; 3.35 TB/s * 0.7 us / 132 SMs = 18 KB are needed
+//   stages        10        9        7        5    of 8 KB of weights + 128 bytes a row of A, by cp.async. Rows are 128 bytes, their eight
+//                                                  16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
+//   shared       91 KB    92 KB    88 KB    88 KB  with the result's 128 bytes a row of A
+//   in flight    72 KB    64 KB    48 KB    32 KB  of weights a block; 3.35 TB/s * 0.7 us / 132 SMs = 18 KB an SM are needed
 //   barriers   one a step, one a unit
 //   moved      touched experts * n * k * 2 bytes once for every kRows rows of an expert; A from L2
 #include "common/launch.h"
@@ -32,8 +32,8 @@ struct Tile {
   static constexpr int kStageBytes = (kWeightRows + rows) * kRowBytes, kShared = stages * kStageBytes + rows * kWeightRows * 2;
   static_assert(kShared <= 99 * 1024, "what a block may have on every architecture since sm_80");
 };
-using Tile8 = Tile<8, 2, 16>;
-using Tile16 = Tile<16, 4, 8>;
+using Tile8 = Tile<8, 4, 10>;
+using Tile16 = Tile<16, 4, 9>;
 using Tile32 = Tile<32, 4, 7>;
 using Tile64 = Tile<64, 4, 5>;
 
@@ -61,19 +61,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kerne
     return Unit{s.expert, s.begin + part * kRows, min(kRows, s.rows - part * kRows), s.unit / parts * kOutColumns};
   };
 
-  // Copies: thread t has unit t % 8 of rows t / 8 + kPass i. Weight row r of a stage is column r; with SwiGLU row 16 w + j is column
-  // 8 w + j % 8 of gate (j < 8) or of up.
-  constexpr int kPass = kThreads / 8, kCopiesW = kWeightRows / kPass, kCopiesA = (kRows + kPass - 1) / kPass;
+  // Copies: thread t has unit t % 8 of rows t / 8 + 16 i. Weight row 16 i + j of a stage is column 16 i + j; with SwiGLU column 8 i + j % 8
+  // of gate (j < 8) or of up.
+  constexpr int kPass = kThreads / 8, kCopiesW = kWeightRows / kPass, kCopiesA = (kRows + kPass - 1) / kPass, kStep = kSwiglu ? 8 : 16;
+  static_assert(kPass == 16);
   const int copy_row = thread / 8, copy_k = thread % 8 * 8;
   const uint32_t base = shared_address(shared), to = place(copy_row, thread % 8);
-  const auto column_of = [&](int i) {
-    const int row = i * kPass + copy_row;
-    return kSwiglu ? row / 16 * 8 + row % 8 : row;
-  };
-  const auto is_up = [&](int i) { return kSwiglu && (i * kPass + copy_row) % 16 >= 8; };
+  const int64_t step = kStep * g.w_stride;
   int64_t load_index = blockIdx.x;
   int load_tile = 0, load_rows = 0;  // rows: in whole groups of 8
-  int64_t columns_left = 0;
+  int columns_left = 0;
   bool more = false;
   const T *w = nullptr, *a[kCopiesA];  // a: NULL for zeros
   const auto begin_loads = [&] {
@@ -82,8 +79,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kerne
     if (!more) return;
     load_tile = 0;
     load_rows = (unit.rows + 7) / 8 * 8;
-    columns_left = g.n - unit.column0;
-    w = (const T *)g.w + unit.expert * g.w_expert_stride + unit.column0 * g.w_stride + copy_k;
+    const int64_t column = unit.column0 + (kSwiglu ? copy_row % 8 : copy_row);
+    columns_left = (int)min(g.n - column, (int64_t)kOutColumns);
+    w = (const T *)g.w + unit.expert * g.w_expert_stride + (column + (kSwiglu && copy_row >= 8 ? g.n : 0)) * g.w_stride + copy_k;
 #pragma unroll
     for (int i = 0; i < kCopiesA; ++i) {
       a[i] = copy_row + i * kPass < unit.rows ? a_row<T>(g, unit.row0 + copy_row + i * kPass) : nullptr;
@@ -95,18 +93,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kerne
     if (!more) return;
     const uint32_t at = base + stage * kStageBytes + to;
     const int64_t k0 = (int64_t)load_tile * kDepth;
-    const int bytes = bytes_left(g.k, k0 + copy_k);
+    const bool inside = k0 + copy_k < g.k;
 #pragma unroll
     for (int i = 0; i < kCopiesW; ++i) {
-      const bool inside = column_of(i) < columns_left && bytes;
-      const T *from = w + (column_of(i) + (is_up(i) ? g.n : 0)) * g.w_stride + k0;
-      cp_async_16(at + i * kPass * kRowBytes, inside ? from : (const T *)g.w, inside ? bytes : 0);
+      cp_async_16(at + i * kPass * kRowBytes, w + i * step + k0, i * kStep < columns_left && inside);
     }
 #pragma unroll
     for (int i = 0; i < kCopiesA; ++i) {
-      const bool inside = a[i] && bytes;
-      if (copy_row + i * kPass < load_rows)
-        cp_async_16(at + (kWeightRows + i * kPass) * kRowBytes, inside ? a[i] + k0 : (const T *)g.a, inside ? bytes : 0);
+      if (copy_row + i * kPass < load_rows) cp_async_16(at + (kWeightRows + i * kPass) * kRowBytes, a[i] + k0, a[i] && inside);
     }
     if (++load_tile == depth_tiles) {
       load_index += gridDim.x;
@@ -133,21 +127,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kerne
     for (int tile = 0; tile < depth_tiles; ++tile) {
       cp_async_wait<kStages - 2>();
       __syncthreads();
-      load(stage ? stage - 1 : kStages - 1);
-      cp_async_commit();
-      uint32_t fw[4][4];  // 16 weight rows x 16 each
+      uint32_t fw[4][4], fa[2][2][4];  // 16 weight rows x 16; 8 rows of A x 32, those of the next group while one is multiplied
+      const auto read = [&](int j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) ldmatrix_x4(fa[j % 2][half], (a_from + stage * kStageBytes + j * 8 * kRowBytes) ^ (half * 64));
+      };
 #pragma unroll
       for (int step = 0; step < 4; ++step) ldmatrix_x4(fw[step], (w_from + stage * kStageBytes) ^ (step * 32));
+      read(0);
+      load(stage ? stage - 1 : kStages - 1);
+      cp_async_commit();
 #pragma unroll
       for (int j = 0; j < kRows / 8; ++j) {
         if (j >= groups) break;
+        if (j + 1 < kRows / 8 && j + 1 < groups) read(j + 1);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t fa[4];  // 8 rows of A x 32
-          ldmatrix_x4(fa, (a_from + stage * kStageBytes + j * 8 * kRowBytes) ^ (half * 64));
-          mma_m16n8k16(sum[j], fw[half * 2], fa[0], fa[1], T());
-          mma_m16n8k16(sum[j], fw[half * 2 + 1], fa[2], fa[3], T());
-        }
+        for (int step = 0; step < 4; ++step) mma_m16n8k16(sum[j], fw[step], fa[j % 2][step / 2][step % 2 * 2], fa[j % 2][step / 2][step % 2 * 2 + 1], T());
       }
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }

@@ -69,9 +69,6 @@ __device__ inline const T *a_row(const Gemm &g, int row) {
   return index < g.a_count ? (const T *)g.a + index * g.a_stride : nullptr;
 }
 
-// Bytes of the 16 that begin at element k0 of a row of k elements.
-__device__ inline int bytes_left(int64_t k, int64_t k0) { return (int)min(max((k - k0) * 2, (int64_t)0), (int64_t)16); }
-
 __device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 }  // namespace mixtral::cuda

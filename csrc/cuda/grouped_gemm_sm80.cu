@@ -10,9 +10,7 @@
 //   barriers   one a stage
 //   order      16 tiles of rows by all columns, rows fastest: 132 blocks at work share 2048 rows of A and as many of weights
 //   moved      tiles * (rows + weight rows) * k * 2 bytes from L2, rows that do not exist left out
-//   FLOPs      rows in sixteens * n * k * 2 (SwiGLU: * 4): a tile's 16 rows are skipped where it has none of them
-#include <type_traits>
-
+//   FLOPs      rows in sixty-fours * n * k * 2 (SwiGLU: * 4): a warp without rows multiplies nothing
 #include "common/launch.h"
 #include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
@@ -74,80 +72,66 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const uint32_t base = shared_address(shared), to = place(copy_row, thread % 8);
   const auto load = [&](int stage, int64_t k0) {
     const uint32_t at = base + stage * Tile::kStageBytes + to;
-    const int bytes = bytes_left(g.k, k0 + copy_k);
+    const bool inside = k0 + copy_k < g.k;
 #pragma unroll
-    for (int i = 0; i < kCopiesA; ++i) {
-      const bool inside = a[i] && bytes;
-      cp_async_16(at + i * kPass * kRowBytes, inside ? a[i] + k0 : (const T *)g.a, inside ? bytes : 0);
-    }
+    for (int i = 0; i < kCopiesA; ++i) cp_async_16(at + i * kPass * kRowBytes, a[i] + k0, a[i] && inside);
 #pragma unroll
     for (int i = 0; i < kCopiesW; ++i) {
       const int column = (kSwiglu ? i / 2 : i) * kPass;
-      const bool inside = column < columns_left && bytes;
-      const T *from = w + column * g.w_stride + k0 + (kSwiglu && i % 2 ? up : 0);
-      cp_async_16(at + (kRows + i * kPass) * kRowBytes, inside ? from : (const T *)g.w, inside ? bytes : 0);
+      cp_async_16(at + (kRows + i * kPass) * kRowBytes, w + column * g.w_stride + k0 + (kSwiglu && i % 2 ? up : 0), column < columns_left && inside);
     }
   };
 
   // Warp (m, n); fragment i of A is rows 16 i, fragment j of the weights rows 16 j of the warp's.
   constexpr int kWarpRows = Tile::kWarpRows, kWarpColumns = Tile::kWarpColumns, kFragmentsA = kWarpRows / 16, kFragmentsW = kWarpColumns / 16;
-  const int warp_m = thread / 32 / Tile::kWarpsN, warp_n = thread / 32 % Tile::kWarpsN;
+  const int warp = __shfl_sync(~0u, thread / 32, 0);  // the same in all lanes, as ptxas sees too
+  const int warp_m = warp / Tile::kWarpsN, warp_n = warp % Tile::kWarpsN;
+  const bool busy = warp_m * kWarpRows < rows;
   const uint32_t a_from = base + place(warp_m * kWarpRows + lane % 16, lane / 16);
   const uint32_t w_from = base + kRows * kRowBytes + place(warp_n * kWarpColumns + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  const int depth_tiles = (int)((g.k + kDepth - 1) / kDepth);
-  float sum[kFragmentsA][2 * kFragmentsW][4] = {};
+  uint32_t fa[2][kFragmentsA][4], fw[2][kFragmentsW][4];
+  const auto read = [&](int buffer, int stage, int step) {
+    const uint32_t at = stage * Tile::kStageBytes;
+#pragma unroll
+    for (int i = 0; i < kFragmentsA; ++i) ldmatrix_x4(fa[buffer][i], (a_from + at + i * 16 * kRowBytes) ^ (step * 32));
+#pragma unroll
+    for (int j = 0; j < kFragmentsW; ++j) ldmatrix_x4(fw[buffer][j], (w_from + at + j * 16 * kRowBytes) ^ (step * 32));
+  };
 
-  // The whole of k. `full`: all of the tile's sixteens of rows have rows, else this warp has `used` of them.
-  const auto multiply = [&](auto full, int used) {
-    uint32_t fa[2][kFragmentsA][4], fw[2][kFragmentsW][4];
-    const auto read = [&](int buffer, int stage, int step) {
-      const uint32_t at = stage * Tile::kStageBytes;
+  const int depth_tiles = (int)((g.k + kDepth - 1) / kDepth);
 #pragma unroll
-      for (int i = 0; i < kFragmentsA; ++i)
-        if (full.value || i < used) ldmatrix_x4(fa[buffer][i], (a_from + at + i * 16 * kRowBytes) ^ (step * 32));
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (s < depth_tiles) load(s, (int64_t)s * kDepth);
+    cp_async_commit();
+  }
+  float sum[kFragmentsA][2 * kFragmentsW][4] = {};
+  cp_async_wait<kStages - 2>();
+  __syncthreads();
+  read(0, 0, 0);
+  for (int tile = 0, stage = 0; tile < depth_tiles; ++tile) {
+    const int next_stage = stage + 1 == kStages ? 0 : stage + 1, load_stage = stage ? stage - 1 : kStages - 1;
 #pragma unroll
-      for (int j = 0; j < kFragmentsW; ++j) ldmatrix_x4(fw[buffer][j], (w_from + at + j * 16 * kRowBytes) ^ (step * 32));
-    };
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-      if (s < depth_tiles) load(s, (int64_t)s * kDepth);
-      cp_async_commit();
-    }
-    cp_async_wait<kStages - 2>();
-    __syncthreads();
-    read(0, 0, 0);
-#pragma unroll 1
-    for (int tile = 0, stage = 0; tile < depth_tiles; ++tile) {
-      const int next_stage = stage + 1 == kStages ? 0 : stage + 1, load_stage = stage ? stage - 1 : kStages - 1;
-#pragma unroll
-      for (int step = 0; step < kDepth / 16; ++step) {
-        if (step == 0) {  // all warps are past the last stage's last reads
-          if (tile + kStages - 1 < depth_tiles) load(load_stage, (int64_t)(tile + kStages - 1) * kDepth);
-          cp_async_commit();
-        }
-        if (step < kDepth / 16 - 1) {
-          read((step + 1) % 2, stage, step + 1);
-        } else {
-          cp_async_wait<kStages - 2>();
-          __syncthreads();
-          read((step + 1) % 2, next_stage, 0);
-        }
+    for (int step = 0; step < kDepth / 16; ++step) {
+      if (step < kDepth / 16 - 1) {
+        read((step + 1) % 2, stage, step + 1);
+      } else {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();
+        read((step + 1) % 2, next_stage, 0);
+      }
+      if (step == 0) {  // all warps are past the last reads of the stage before this one
+        if (tile + kStages - 1 < depth_tiles) load(load_stage, (int64_t)(tile + kStages - 1) * kDepth);
+        cp_async_commit();
+      }
+      if (busy) {
 #pragma unroll
         for (int i = 0; i < kFragmentsA; ++i)
-          if (full.value || i < used) {
 #pragma unroll
-            for (int j = 0; j < 2 * kFragmentsW; ++j)
-              mma_m16n8k16(sum[i][j], fa[step % 2][i], fw[step % 2][j / 2][j % 2 * 2], fw[step % 2][j / 2][j % 2 * 2 + 1], T());
-          }
+          for (int j = 0; j < 2 * kFragmentsW; ++j)
+            mma_m16n8k16(sum[i][j], fa[step % 2][i], fw[step % 2][j / 2][j % 2 * 2], fw[step % 2][j / 2][j % 2 * 2 + 1], T());
       }
-      stage = next_stage;
     }
-  };
-  if (depth_tiles == 0) {
-  } else if (rows > kRows - 16) {
-    multiply(std::true_type(), kFragmentsA);
-  } else {
-    multiply(std::false_type(), min(max((rows - warp_m * kWarpRows + 15) / 16, 0), kFragmentsA));
+    stage = next_stage;
   }
 
   // The result goes through shared memory, [kRows, kOutColumns] with 16-byte units swizzled by row % 8, to be stored 16 bytes at a time.

@@ -28,7 +28,7 @@
  * Limits: 1 <= K <= 8 (moe_gate: K <= E too), 1 <= E <= 256, D in {64, 128}, S < 2^31, Hq a multiple of Hk.
  * CPU dtypes: f32, bf16, f16. CUDA dtypes: bf16, f16 (router logits also f32); of arrays in the model's dtype the data
  * pointers and all strides but the innermost are multiples of 16 bytes. Else any alignment that suits the element. The
- * innermost stride is 1 everywhere.
+ * innermost stride is 1 everywhere. The grouped products and moe_experts on CUDA: Kd, H and I multiples of 8.
  */
 #ifndef MIXTRAL_EXT_H
 #define MIXTRAL_EXT_H

@@ -21,7 +21,7 @@ __device__ void load_stage(uint32_t stage, const bf16 *a, const bf16 *b, int m, 
     const int global_row = (operand ? blockIdx.x : blockIdx.y) * kTile + row, rows = operand ? n : m, column = from_k + unit * 8;
     const bool inside = global_row < rows && column < k;
     const bf16 *from = (operand ? b : a) + (inside ? (int64_t)global_row * k + column : 0);
-    cp_async_16(stage + operand * kTile * 64 + unit_offset(row, unit), from, inside ? 16 : 0);
+    cp_async_16(stage + operand * kTile * 64 + unit_offset(row, unit), from, inside);
   }
 }
 

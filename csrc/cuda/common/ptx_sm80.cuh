@@ -17,10 +17,11 @@ __device__ inline uint32_t signs_of_halves(uint32_t x) {
   return signs;
 }
 
-// Copies 16 bytes to shared memory, past L1; of the source only the first `bytes` are read, the rest is zero. L2 fetches the
-// whole 128-byte line.
-__device__ inline void cp_async_16(uint32_t to, const void *from, int bytes = 16) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+// Copies 16 bytes to shared memory, past L1, or writes zeros there and reads nothing. L2 fetches the whole 128-byte line.
+__device__ inline void cp_async_16(uint32_t to, const void *from, bool read = true) {
+  asm volatile("{ .reg .pred ignore; setp.eq.u32 ignore, %2, 0; cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignore; }" ::"r"(to), "l"(from),
+               "r"((uint32_t)read)
+               : "memory");
 }
 
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

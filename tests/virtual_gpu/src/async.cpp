@@ -134,6 +134,12 @@ void cp_async(Warp &w, const Inst &in, Mask m) {
   Launch &launch = w.launch();
   Mask poison = w.unit_poison[in.r[0]] | w.unit_poison[in.r[1]];
   if (in.type2 == Type::kU32) poison |= w.unit_poison[in.r[2]];
+  Mask ignored = 0;
+  if (in.type2 == Type::kPred) {
+    const Slot p = in.r[2] & ~kNegated;
+    poison |= w.predicate_poison[p];
+    ignored = in.r[2] & kNegated ? ~w.predicates[p] : w.predicates[p];
+  }
   if (check_poison(w, in, poison & m, "the operands of a cp.async")) return;
   uint64_t to[32] = {};
   Mask done = 0;
@@ -143,7 +149,7 @@ void cp_async(Warp &w, const Inst &in, Mask m) {
     c.inst = &in;
     c.lane = l;
     c.group = w.async.committed[(size_t)l];
-    c.read = in.type2 == Type::kU32 ? w.at<uint32_t>(in.r[2])[l] : (uint32_t)in.c;
+    c.read = in.type2 == Type::kU32 ? w.at<uint32_t>(in.r[2])[l] : ignored >> l & 1 ? 0 : (uint32_t)in.c;
     to[l] = w.address(in.r[0], l, in.d) + (uint64_t)in.offset;
     c.piece.global = w.address(in.r[1], l, in.b) + (uint64_t)(int64_t)in.a;
     c.piece.bytes = (uint32_t)in.c;
@@ -426,8 +432,12 @@ bool decode_async(Decoder &d, const Statement &s, Inst &in) {
   in.c = (int)s.operands[2].immediate;
   if (in.c != 16 && (s.has("cg") || (in.c != 4 && in.c != 8))) return false;
   if (s.operands.size() > 3 + (size_t)s.has("L2::cache_hint")) {  // a cache policy may follow
-    in.type2 = Type::kU32;
-    d.source(s.operands[3], Type::kU32);
+    const Operand &size = s.operands[3];  // or the predicate that nothing is read
+    in.type2 = d.is_predicate(size) ? Type::kPred : Type::kU32;
+    if (in.type2 == Type::kPred)
+      d.predicate(size);
+    else
+      d.source(size, Type::kU32);
   }
   in.exec = cp_async;
   return true;

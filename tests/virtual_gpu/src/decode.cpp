@@ -378,8 +378,12 @@ void Decoder::source(const Operand &o, Type type) {
   }
 }
 
+bool Decoder::is_predicate(const Operand &o) const {
+  return o.kind == Operand::kRegister && program_.kernel->registers[(size_t)o.reg].kind == Register::kPredicate;
+}
+
 void Decoder::predicate(const Operand &o) {
-  if (o.kind != Operand::kRegister || program_.kernel->registers[(size_t)o.reg].kind != Register::kPredicate) throw Uncovered();
+  if (!is_predicate(o)) throw Uncovered();
   operands_.push_back((Slot)(slot_of(o.reg) | (o.negated ? kNegated : 0)));
 }
 

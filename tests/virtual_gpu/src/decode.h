@@ -20,6 +20,7 @@ class Decoder {
   // A register has 64 bits if, and only if, the type has; it is a predicate only for kPred.
   void destination(const Operand &o, Type type = Type::kB32);  // a register, _ (kNoSlot), or a vector of those
   void source(const Operand &o, Type type);  // a register, an immediate splatted as `type`, the address of a variable; or a vector
+  bool is_predicate(const Operand &o) const;
   void predicate(const Operand &o);          // a predicate register as a source; kNegated is set for !%p
   void address(const Operand &o, Inst &in);  // [base + offset]: pushes a 64-bit or 32-bit slot (in.d = 1 if 64-bit), sets in.offset
   Slot constant(uint64_t value, bool wide);
