@@ -71,6 +71,7 @@ __device__ inline void tma_load_2d_multicast(uint32_t to, const CUtensorMap *map
       : "memory");
 }
 
+// Stores the box to (x, y), neither negative, x a multiple of 16 bytes; whole 16 bytes, also beyond a row that ends within them.
 __device__ inline void tma_store_2d(const CUtensorMap *map, uint32_t from, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from), "r"(x), "r"(y) : "memory");
 }

@@ -188,10 +188,15 @@ void bulk_copy(Warp &w, const Inst &in, Mask m) {
         launch.stop = true;
         return;
       }
-      // The PTX ISA has neither this rule nor that of ragged rows below; H100s are known to end in an illegal instruction, or to write there.
+      // The PTX ISA has neither these two rules nor that of ragged rows below: an H100 ends in an illegal instruction, or writes there.
       if (origin[0] * map.element_bytes % 16) {
         launch.report("misaligned", &w, l, &in, "a tensor copy from byte " + std::to_string(origin[0] * map.element_bytes) +
                       " of the rows of a tensor, which is not a multiple of 16");
+        continue;
+      }
+      const int64_t least = *std::min_element(origin, origin + 5);
+      if (in.b && least < 0) {
+        launch.report("out-of-range", &w, l, &in, "a tensor copy writes at coordinate " + std::to_string(least) + ", and stores take none below 0");
         continue;
       }
       uint32_t shared = place.offset;
