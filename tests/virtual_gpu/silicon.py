@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import os
 import re
 
 import pytest
@@ -16,34 +17,26 @@ class DriverError(Exception):
 
 
 class Driver:
-    """libcuda with the primary context of device 0."""
+    """libcuda with the primary context of device 0. `lost`: the error of a kernel, after which no call of this process succeeds, neither
+    in a context that was reset nor in a new one."""
 
     def __init__(self):
-        self.cuda, self.device, self.resets = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), 0
+        self.cuda, self.device, self.lost = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), None
+        context = ctypes.c_void_p()
         self.call("cuInit", 0)
         self.call("cuDeviceGet", ctypes.byref(self.device), 0)
-        self.retain()
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self.device)
+        self.call("cuCtxSetCurrent", context)
 
     def call(self, name, *args):
         if status := getattr(self.cuda, name)(*args):
             raise DriverError(f"{name}: error {status}")
 
-    def retain(self):
-        context = ctypes.c_void_p()
-        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self.device)
-        self.call("cuCtxSetCurrent", context)
-
-    def call_or_reset(self, name, *args):
-        """A call after which the next one finds a context that works: what a kernel did wrong fails all calls until its context has
-        gone, and all modules and memory with it (resets counts that)."""
+    def wait_for(self, kernel):
         try:
-            self.call(name, *args)
-        except DriverError:
-            if self.cuda.cuCtxSynchronize():
-                self.resets += 1
-                self.call("cuDevicePrimaryCtxReset_v2", self.device)
-                self.release()
-                self.retain()
+            self.call("cuCtxSynchronize")
+        except DriverError as error:
+            self.lost = self.lost or f"{error} in kernel {kernel}, {os.environ.get('PYTEST_CURRENT_TEST', 'outside of a test')}"
             raise
 
     def attribute(self, which):
@@ -64,14 +57,17 @@ def driver():
 
 
 class Gpu:
-    """Device 0. Code for a newer one skips the test. The schedule is the hardware's, so the settings do nothing."""
+    """Device 0. Code for a newer one skips the test, and so does a device that is lost. The schedule is the hardware's, so the settings
+    do nothing."""
     virtual = False
     library_ptx = vgpu.Gpu.library_ptx
 
     def __init__(self, arch=90, seed=0, random_completion=False, sm_count=4, instruction_limit=0, max_reports=0):
         self.arch, self.counters, self.arrays = arch, [], {}
-        self.driver, self.cuda, self.call = driver(), driver().cuda, driver().call_or_reset
-        self.capability = [driver().attribute(which) for which in (75, 76)]  # COMPUTE_CAPABILITY_MAJOR, _MINOR
+        self.driver, self.cuda, self.call = driver(), driver().cuda, driver().call
+        if self.driver.lost:
+            pytest.skip(f"the process lost its device: {self.driver.lost}")
+        self.capability = [self.driver.attribute(which) for which in (75, 76)]  # COMPUTE_CAPABILITY_MAJOR, _MINOR
 
     def module(self, ptx):
         target, specific = re.search(r"^\.target sm_(\d+)(a?)", ptx, re.M).groups()
@@ -83,7 +79,7 @@ class Gpu:
     @contextlib.contextmanager
     def mapped(self, arrays):
         """The arrays' memory on the device, copied there and, what is writable, back at the end."""
-        made, resets = {}, self.driver.resets
+        made = {}
         for address, size, _, writable, _ in vgpu.ranges_of(arrays, {address: size for address, (_, size, _) in self.arrays.items()}):
             pointer = ctypes.c_uint64()
             self.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
@@ -92,14 +88,12 @@ class Gpu:
         self.arrays.update(made)
         try:
             yield
-            self.call("cuCtxSynchronize")
             for address, (pointer, size, writable) in made.items():
                 if writable:
                     self.call("cuMemcpyDtoH_v2", ctypes.c_void_p(address), pointer, ctypes.c_size_t(size))
         finally:
             for address, (pointer, _, _) in made.items():
-                if resets == self.driver.resets:
-                    self.cuda.cuMemFree_v2(pointer)
+                self.cuda.cuMemFree_v2(pointer)
                 del self.arrays[address]
 
     def pointer(self, array):
@@ -125,22 +119,20 @@ class Module:
     """Kernels from PTX text; `launch` takes what vgpu.Module.launch takes."""
 
     def __init__(self, gpu, ptx):
-        self.gpu, self.handle, self.resets = gpu, ctypes.c_void_p(), gpu.driver.resets
-        self.ptx, self.kernels = ptx, vgpu.kernels_of(ptx)
+        self.gpu, self.handle, self.ptx, self.kernels = gpu, ctypes.c_void_p(), ptx, vgpu.kernels_of(ptx)
         gpu.call("cuModuleLoadData", ctypes.byref(self.handle), ptx.encode() + b"\0")
 
     def __del__(self):
-        if self.handle and self.resets == self.gpu.driver.resets:
+        if self.handle:
             self.gpu.cuda.cuModuleUnload(self.handle)
 
     def launch(self, kernel, grid=1, block=32, args=(), shared=0, cluster=(), written=None, fresh=(), programmatic=False,
                cooperative=False):
         name = vgpu.one_kernel(self.kernels, kernel)
-        assert self.resets == self.gpu.driver.resets, "this module went with the context of a kernel that failed"
         with self.gpu.mapped(vgpu.arrays_of(args, written, fresh)):
             self._launch(name, *vgpu.shape_of(grid, block, cluster), args, vgpu.whole("shared", shared),
                          [PROGRAMMATIC] * programmatic + [COOPERATIVE] * cooperative)
-            self.gpu.call("cuCtxSynchronize")
+            self.gpu.driver.wait_for(name)
 
     def _launch(self, name, grid, block, cluster, args, shared, flags):
         gpu, function = self.gpu, ctypes.c_void_p()
