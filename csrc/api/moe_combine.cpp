@@ -31,7 +31,7 @@ extern "C" mixtral_status mixtral_moe_combine(const mixtral_context *context, co
   if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_moe_combine", *context, stream);
   if (status != MIXTRAL_OK) return status;
 #ifdef MIXTRAL_EXT_WITH_CUDA
-  if (context->device_type == MIXTRAL_DEVICE_CUDA) return mixtral::cuda::moe_combine(*context, *params, stream);
+  if (context->device_type == MIXTRAL_DEVICE_CUDA) return mixtral::cuda::moe_combine(*context, *params, false, stream);
 #endif
   return mixtral::cpu::moe_combine(*context, *params);
 }

@@ -38,7 +38,7 @@ mixtral_status context_init(mixtral_context &context) {
   if (error == cudaSuccess) error = cudaSetDevice(context.device_index);
   if (error != cudaSuccess) return cuda_status(kOp, error);
   error = grouped_gemm_tiles_init();
-  if (error == cudaSuccess) error = grouped_gemm_few_rows_init();
+  if (error == cudaSuccess) error = grouped_gemm_few_rows_init(&context.overlaps_kernels);
   const cudaError_t restored = cudaSetDevice(current);
   return cuda_status(kOp, error == cudaSuccess ? restored : error);
 }

@@ -9,6 +9,7 @@ namespace mixtral::cuda {
 struct GroupedGemm {
   int32_t dtype;  // of a, w and out: bf16 or f16
   bool swiglu;
+  bool early;  // launched while the kernel ahead ends, which writes a, but neither offsets, a_rows nor w
   int32_t experts;
   int32_t rows;  // R
   int64_t n;     // columns of out: N, or I with swiglu

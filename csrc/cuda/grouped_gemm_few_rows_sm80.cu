@@ -14,6 +14,7 @@
 //   barriers   one a step, one a unit
 //   moved      touched experts * n * k * 2 bytes once for every kRows rows of an expert; A from L2
 #include "common/launch.h"
+#include "common/overlap.cuh"
 #include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
 #include "grouped_gemm_kernels.h"
@@ -88,16 +89,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kerne
       if (a[i]) a[i] += copy_k;
     }
   };
+  const auto load_weights = [&](int stage, int64_t k0) {
+    const uint32_t at = base + stage * kStageBytes + to;
+    const bool inside = k0 + copy_k < g.k;
+#pragma unroll
+    for (int i = 0; i < kCopiesW; ++i) cp_async_16(at + i * kPass * kRowBytes, w + i * step + k0, i * kStep < columns_left && inside);
+  };
   // The next 64 of k of the unit at hand, or the first of the next unit.
-  const auto load = [&](int stage) {
+  const auto load = [&](int stage, bool weights) {
     if (!more) return;
     const uint32_t at = base + stage * kStageBytes + to;
     const int64_t k0 = (int64_t)load_tile * kDepth;
     const bool inside = k0 + copy_k < g.k;
-#pragma unroll
-    for (int i = 0; i < kCopiesW; ++i) {
-      cp_async_16(at + i * kPass * kRowBytes, w + i * step + k0, i * kStep < columns_left && inside);
-    }
+    if (weights) load_weights(stage, k0);
 #pragma unroll
     for (int i = 0; i < kCopiesA; ++i) {
       if (copy_row + i * kPass < load_rows) cp_async_16(at + (kWeightRows + i * kPass) * kRowBytes, a[i] + k0, a[i] && inside);
@@ -109,9 +113,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kerne
   };
 
   begin_loads();
+  let_next_kernel_begin();
+  const int ahead = g.early && more ? min(kStages - 1, depth_tiles) : 0;  // stages whose weights need not wait for A
+  for (int s = 0; s < ahead; ++s) load_weights(s, (int64_t)s * kDepth);
+  wait_for_kernels_before();
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
-    load(s);
+    load(s, s >= ahead);
     cp_async_commit();
   }
   const uint32_t w_from = base + place(warp * 16 + lane % 16, lane / 16);
@@ -135,7 +143,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kerne
 #pragma unroll
       for (int step = 0; step < 4; ++step) ldmatrix_x4(fw[step], (w_from + stage * kStageBytes) ^ (step * 32));
       read(0);
-      load(stage ? stage - 1 : kStages - 1);
+      load(stage ? stage - 1 : kStages - 1, true);
       cp_async_commit();
 #pragma unroll
       for (int j = 0; j < kRows / 8; ++j) {
@@ -193,8 +201,10 @@ void with_kernel(int32_t dtype, bool swiglu, int tile_rows, const Body &body) {
 
 }  // namespace
 
-cudaError_t grouped_gemm_few_rows_init() {
-  cudaError_t error = cudaSuccess;
+cudaError_t grouped_gemm_few_rows_init(bool *overlaps) {
+  cudaFuncAttributes attributes = {};
+  cudaError_t error = cudaFuncGetAttributes(&attributes, grouped_gemm_few_rows_kernel<__half, true, Tile8>);
+  *overlaps = attributes.ptxVersion >= 90;
   for (const int32_t dtype : {MIXTRAL_DTYPE_BF16, MIXTRAL_DTYPE_F16})
     for (const bool swiglu : {false, true})
       for (const int tile_rows : {8, 16, 32, 64})
@@ -205,12 +215,13 @@ cudaError_t grouped_gemm_few_rows_init() {
 }
 
 cudaError_t grouped_gemm_few_rows(const GroupedGemm &g, int tile_rows, int blocks, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
   with_kernel(g.dtype, g.swiglu, tile_rows, [&](auto kernel, auto tile) {
     const int64_t out_columns = tile.kWeightRows / (g.swiglu ? 2 : 1), column_tiles = (g.n + out_columns - 1) / out_columns;
     const int64_t units = most_row_tiles(g, tile_rows) * column_tiles;
-    kernel<<<(unsigned)(units < blocks ? units : blocks), tile.kThreads, tile.kShared, stream>>>(g, (int)column_tiles);
+    error = launch(kernel, dim3((unsigned)(units < blocks ? units : blocks)), tile.kThreads, tile.kShared, stream, g.early, g, (int)column_tiles);
   });
-  return cudaGetLastError();
+  return error;
 }
 
 }  // namespace mixtral::cuda

@@ -1,4 +1,5 @@
-// The kernels of a grouped product, for rows and n of 1 or more. init sets their attributes on the current device.
+// The kernels of a grouped product, for rows and n of 1 or more. init sets their attributes on the current device; of the few rows' it
+// tells whether the code that the device runs is sm_90's, and so can be launched early.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -14,7 +15,7 @@ inline int64_t most_row_tiles(const GroupedGemm &g, int tile_rows) {
 cudaError_t grouped_gemm_tiles_init();
 cudaError_t grouped_gemm_tiles(const GroupedGemm &g, int tile_rows, cudaStream_t stream);
 
-cudaError_t grouped_gemm_few_rows_init();
+cudaError_t grouped_gemm_few_rows_init(bool *overlaps);
 cudaError_t grouped_gemm_few_rows(const GroupedGemm &g, int tile_rows, int blocks, cudaStream_t stream);
 
 }  // namespace mixtral::cuda

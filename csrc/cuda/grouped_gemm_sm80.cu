@@ -12,6 +12,7 @@
 //   moved      tiles * (rows + weight rows) * k * 2 bytes from L2, rows that do not exist left out
 //   FLOPs      rows in sixty-fours * n * k * 2 (SwiGLU: * 4): a warp without rows multiplies nothing
 #include "common/launch.h"
+#include "common/overlap.cuh"
 #include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
 #include "grouped_gemm_kernels.h"
@@ -45,6 +46,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   extern __shared__ __align__(128) uint8_t shared[];
   constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns, kThreads = Tile::kThreads, kStages = Tile::kStages;
   constexpr int kOutColumns = kSwiglu ? kColumns / 2 : kColumns;
+  let_next_kernel_begin();
   const Segment segment = find_segment(g.expert_offsets, g.experts, g.rows, blockIdx.x,
                                        [&](int rows) { return (int64_t)((rows + kRows - 1) / kRows) * column_tiles; });
   if (segment.expert < 0) return;
@@ -98,6 +100,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     for (int j = 0; j < kFragmentsW; ++j) ldmatrix_x4(fw[buffer][j], (w_from + at + j * 16 * kRowBytes) ^ (step * 32));
   };
 
+  wait_for_kernels_before();
   const int depth_tiles = (int)((g.k + kDepth - 1) / kDepth);
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
@@ -191,11 +194,13 @@ cudaError_t grouped_gemm_tiles_init() {
 }
 
 cudaError_t grouped_gemm_tiles(const GroupedGemm &g, int tile_rows, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
   with_kernel(g.dtype, g.swiglu, tile_rows, [&](auto kernel, auto tile) {
     const int64_t out_columns = g.swiglu ? tile.kColumns / 2 : tile.kColumns, column_tiles = (g.n + out_columns - 1) / out_columns;
-    kernel<<<(unsigned)(most_row_tiles(g, tile.kRows) * column_tiles), tile.kThreads, tile.kShared, stream>>>(g, (int)column_tiles);
+    const dim3 grid((unsigned)(most_row_tiles(g, tile.kRows) * column_tiles));
+    error = launch(kernel, grid, tile.kThreads, tile.kShared, stream, g.early, g, (int)column_tiles);
   });
-  return cudaGetLastError();
+  return error;
 }
 
 }  // namespace mixtral::cuda

@@ -2,6 +2,7 @@
 //
 //   workspace  SwiGLU output [S, I] and rows of the second product [S, H] (rows padded to 16 bytes), and without maps the three of
 //              them and what the sort needs; each part begins on 64 bytes
+//   overlap    on Hopper GEMM 2 and the combine are launched early: the first weights are under way when GEMM 1 ends
 //   moved      touched experts' weights; hidden gathered by GEMM 1, 2 * S * I and 2 * S * H through memory
 #include "common/launch.h"
 #include "ops.h"
@@ -98,6 +99,7 @@ mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_exp
 
   GroupedGemm down = up;
   down.swiglu = false;
+  down.early = context.overlaps_kernels;
   down.n = hidden;
   down.k = intermediate;
   down.a = up.out;
@@ -119,7 +121,7 @@ mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_exp
 
   if (status == MIXTRAL_OK) status = grouped_gemm(kOp, up, config.gemm, stream);
   if (status == MIXTRAL_OK) status = grouped_gemm(kOp, down, config.gemm, stream);
-  return status == MIXTRAL_OK ? moe_combine(context, combine, stream) : status;
+  return status == MIXTRAL_OK ? moe_combine(context, combine, context.overlaps_kernels, stream) : status;
 }
 
 }  // namespace mixtral::cuda

@@ -24,7 +24,8 @@ mixtral_status moe_gate(const mixtral_context &context, const mixtral_moe_gate_p
 mixtral_status moe_sort(const mixtral_context &context, const mixtral_moe_sort_params &p, const RoutingConfig &config,
                         void *workspace, void *stream);
 mixtral_status moe_permute(const mixtral_context &context, const mixtral_moe_permute_params &p, void *stream);
-mixtral_status moe_combine(const mixtral_context &context, const mixtral_moe_combine_params &p, void *stream);
+// early: launched while the kernel ahead ends (common/launch.h).
+mixtral_status moe_combine(const mixtral_context &context, const mixtral_moe_combine_params &p, bool early, void *stream);
 mixtral_status apply_rope(const mixtral_context &context, const mixtral_apply_rope_params &p, void *stream);
 
 mixtral_status grouped_gemm(const char *op, const GroupedGemm &g, const GroupedGemmConfig &config, void *stream);

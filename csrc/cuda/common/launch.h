@@ -2,7 +2,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include "../../core/error.h"
 
@@ -23,6 +23,22 @@ void with_half_type(int32_t dtype, const Body &body) {
     body(__nv_bfloat16());
   else
     body(__half());
+}
+
+// Launches a kernel; `early`: it begins while the one before it in the stream ends, and waits for that one itself.
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, void *stream, bool early, const Args &...args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3((unsigned)threads);
+  config.dynamicSmemBytes = (size_t)shared_bytes;
+  config.stream = (cudaStream_t)stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 
 // Blocks for rows whose columns they share, block_columns each: [rows, blocks of a row], at most as many of a row as a grid

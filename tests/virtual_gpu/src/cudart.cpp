@@ -135,6 +135,16 @@ cudaError_t cudaFuncSetAttribute(const void *function, cudaFuncAttribute attribu
   return cudaSuccess;
 }
 
+// The versions alone: nothing else of it can be told from the PTX.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *function) {
+  const auto found = device().functions.find(function);
+  const vgpu::LoadedModule *module = found == device().functions.end() ? nullptr : found->second.binary->select(device().options.architecture);
+  if (!module) return result(cudaErrorInvalidDeviceFunction);
+  *attributes = {};
+  attributes->ptxVersion = attributes->binaryVersion = module->module->target;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDeviceCount(int *count) {
   *count = 1;
   return cudaSuccess;
