@@ -28,28 +28,26 @@ cuda::RoutingConfig config_of(const mixtral_moe_sort_params &p) {
   return routing_config(p.topk_ids.shape[0], p.topk_ids.shape[1], p.num_experts);
 }
 
+size_t bytes(const mixtral_context &context, const mixtral_moe_sort_params &p) {
+  return context.device_type == MIXTRAL_DEVICE_CUDA ? config_of(p).workspace_bytes : 0;
+}
+
 }  // namespace
 }  // namespace mixtral::api
 
 extern "C" size_t mixtral_moe_sort_workspace_size(const mixtral_context *context, const mixtral_moe_sort_params *params) {
-  using namespace mixtral::api;
-  if (check(context, params) != MIXTRAL_OK || context->device_type == MIXTRAL_DEVICE_CPU) return 0;
-  return padded(config_of(*params).workspace_bytes);
+  if (mixtral::api::check(context, params) != MIXTRAL_OK) return 0;
+  return mixtral::api::padded(mixtral::api::bytes(*context, *params));
 }
 
-extern "C" mixtral_status mixtral_moe_sort(const mixtral_context *context, const mixtral_moe_sort_params *params, void *given,
-                                         size_t given_bytes, void *stream) {
-  using namespace mixtral::api;
-  mixtral_status status = check(context, params);
-  if (status == MIXTRAL_OK) status = check_stream("mixtral_moe_sort", *context, stream);
-  if (status != MIXTRAL_OK) return status;
+extern "C" mixtral_status mixtral_moe_sort(const mixtral_context *context, const mixtral_moe_sort_params *params, void *workspace,
+    size_t workspace_bytes, void *stream) {
+  using namespace mixtral;
+  return api::run_with_workspace("mixtral_moe_sort", context, params, workspace, workspace_bytes, stream, api::bytes,
+                                 [&](const mixtral_context &c, const mixtral_moe_sort_params &p, [[maybe_unused]] void *aligned) {
 #ifdef MIXTRAL_EXT_WITH_CUDA
-  if (context->device_type == MIXTRAL_DEVICE_CUDA) {
-    const mixtral::cuda::RoutingConfig config = config_of(*params);
-    void *aligned = workspace("mixtral_moe_sort", padded(config.workspace_bytes), given, given_bytes, &status);
-    return status == MIXTRAL_OK ? mixtral::cuda::moe_sort(*context, *params, config, aligned, stream) : status;
-  }
+    if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::moe_sort(c, p, api::config_of(p), aligned, stream);
 #endif
-  (void)given, (void)given_bytes;  // the CPU needs none
-  return mixtral::cpu::moe_sort(*context, *params);
+    return cpu::moe_sort(c, p);
+  });
 }
