@@ -112,7 +112,11 @@ def grouped_gemm(a, b, expert_offsets, a_rows=None, a_rows_divisor=1, *, out=Non
     a: [M, Kd] float. b: [E, N, Kd], dtype of a. expert_offsets: i32 [E+1], from 0, not decreasing, at most R. a_rows: i32
     [R], without it R = M; sorted_slots with divisor K gathers tokens inside the product.
 
-    Returns [R, N] in the dtype of a; rows from expert_offsets[E] on are undefined (with `out`: not written).
+    Returns [R, N] in the dtype of a; rows from expert_offsets[E] on are undefined (with `out`: not written). A row's bits do
+    not depend on the other rows, but on a CPU with AMX.
+
+    CUDA: bfloat16 or float16, Kd a multiple of 8; N too, unless `out` has rows a multiple of 16 bytes apart. A row with a bad
+    a_rows is computed as if it were zeros.
     """
     if out is None:
         return _ops.grouped_gemm(a, b, expert_offsets, a_rows, a_rows_divisor)
@@ -122,7 +126,7 @@ def grouped_gemm(a, b, expert_offsets, a_rows=None, a_rows_divisor=1, *, out=Non
 
 def grouped_gemm_swiglu(a, w_gate_up, expert_offsets, a_rows=None, a_rows_divisor=1, *, out=None):
     """As grouped_gemm with w_gate_up [E, 2I, H] = [gate; up] (transformers' and vLLM's order):
-    out[r] = silu(A(r) @ gate.T) * (A(r) @ up.T), one rounding. Returns [R, I].
+    out[r] = silu(A(r) @ gate.T) * (A(r) @ up.T), one rounding. Returns [R, I]. Limits on CUDA as there, with H for Kd, I for N.
     """
     if out is None:
         return _ops.grouped_gemm_swiglu(a, w_gate_up, expert_offsets, a_rows, a_rows_divisor)
@@ -139,7 +143,11 @@ def moe_experts(hidden, w_gate_up, w_down, topk_weights, topk_ids, expert_offset
     [T, K]. topk_ids: i32 or i64 [T, K]; ids outside [0, E) are skip markers. expert_offsets, sorted_slots, slot_rows:
     all from moe_gate or moe_sort for these ids (then topk_ids is not read), or none (then the call sorts).
 
-    Returns [T, H] in the dtype of hidden, rounded after SwiGLU, after the second product and after the sum.
+    Returns [T, H] in the dtype of hidden, rounded after SwiGLU, after the second product and after the sum. A token's bits do
+    not depend on the other tokens, but on a CPU with AMX.
+
+    CUDA: bfloat16 or float16, H and I multiples of 8. Takes K*(I+H)*2 bytes of workspace a token from torch's allocator, and
+    waits for nothing on the host, so it can be captured in a CUDA graph.
     """
     if out is None:
         return _ops.moe_experts(hidden, w_gate_up, w_down, topk_weights, topk_ids, expert_offsets, sorted_slots, slot_rows)

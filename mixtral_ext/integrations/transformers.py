@@ -4,6 +4,8 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="mixtral_ext", attn_implementation="mixtral_ext")
 
+On CUDA only the experts so far, in bfloat16 or float16: take another attn_implementation there, such as "sdpa".
+
 Masks: padding on the left, on the right or on both sides, full and sliding windows, any of transformers' caches. A
 mask with padding between tokens (even before the window), a 4-D mask, packed sequences, bidirectional attention and
 everything else our kernel would not honour is a ValueError. The rows of padding tokens hold other values than
