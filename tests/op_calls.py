@@ -1,4 +1,5 @@
 """Calls of the torch ops in both forms, their float64 reference and the error rule, for the tests of the torch ops."""
+import pytest
 import torch
 
 import mixtral_ext
@@ -7,7 +8,20 @@ from mixtral_ext import reference
 
 OPS = list(CASES)
 CUDA_OPS = {"moe_gate", "moe_sort", "moe_permute", "moe_combine", "grouped_gemm", "grouped_gemm_swiglu", "moe_experts", "apply_rope"}  # those with a CUDA kernel
+MOE_OPS = ["moe_gate", "moe_sort", "grouped_gemm", "grouped_gemm_swiglu", "moe_experts"]  # those of an expert layer
 FLOAT_POISON, INT_POISON = 12345.0, -77
+
+
+def skip_unless_on(device, op, dtype=torch.bfloat16):
+    if device == "cuda" and op not in CUDA_OPS:
+        pytest.skip(f"{op} has no CUDA kernel yet")
+    if device == "cuda" and dtype == torch.float32:
+        pytest.skip("CUDA kernels take bfloat16 and float16")
+
+
+def float_on(device):
+    """float32, or what CUDA kernels take."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def small_cases(op, device="cpu", dtype=torch.bfloat16):

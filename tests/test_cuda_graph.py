@@ -1,4 +1,4 @@
-"""moe_gate and moe_experts in a CUDA graph: captured once, replayed with other tokens and other routing; no waiting for the device."""
+"""The ops of an expert layer in a CUDA graph: captured once, replayed with other tokens and other routing; no waiting for the device."""
 import pytest
 import torch
 
@@ -98,6 +98,41 @@ def test_routing_given_as_ids_in_a_graph(layer):
         layer.out.copy_(poisoned(layer.out))
         graph.replay()
         assert torch.equal(layer.out, expected), routing
+
+
+def functional_calls(layer):
+    """As mixtral_model calls the ops: routing and experts, and a dense MLP as one expert with every row."""
+    routing = mixtral_ext.moe_gate(layer.logits, TOP_K)
+    out = mixtral_ext.moe_experts(layer.hidden, *layer.weights.values(), *routing)
+    inner = mixtral_ext.grouped_gemm_swiglu(layer.hidden, layer.weights["w_gate_up"][:1], layer.all_rows)
+    return *routing, out, inner, mixtral_ext.grouped_gemm(inner, layer.weights["w_down"][:1], layer.all_rows)
+
+
+@torch.inference_mode()
+def test_functional_forms(layer):
+    """Their results and workspaces live in the graph's own memory."""
+    layer.all_rows = torch.tensor([0, len(layer.hidden)], dtype=torch.int32, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        functional_calls(layer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = functional_calls(layer)
+    for routing in ROUTINGS:
+        layer.fill(routing)
+        for t in replayed:
+            t.copy_(poisoned(t))
+        graph.replay()
+        for a, b in zip(replayed, functional_calls(layer)):
+            assert torch.equal(a, b), routing
+        *gate, out, inner, dense = replayed
+        check_results("moe_gate", dict(router_logits=layer.logits, top_k=TOP_K), gate, "functional")
+        check_results("moe_experts", dict(hidden=layer.hidden, **layer.weights, topk_weights=gate[0], topk_ids=gate[1]), (out,), "functional")
+        for op, a, name, result in (("grouped_gemm_swiglu", layer.hidden, "w_gate_up", inner), ("grouped_gemm", inner, "w_down", dense)):
+            weights = {"b" if op == "grouped_gemm" else name: layer.weights[name][:1]}
+            check_results(op, dict(a=a, **weights, expert_offsets=layer.all_rows), (result,), "functional")
 
 
 def test_nothing_waits_for_the_device(layer):

@@ -5,16 +5,10 @@ import pytest
 import torch
 
 import mixtral_ext
-from op_calls import CUDA_OPS, MUTATED, OPS, call, case, check_results, clone, forms, same_bits, small_cases
+from mixtral_bench.cases import MoeExpertsCase
+from op_calls import MOE_OPS, MUTATED, OPS, call, case, check_results, clone, float_on, forms, same_bits, skip_unless_on, small_cases
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def skip_unless_on(device, op, dtype=torch.bfloat16):
-    if device == "cuda" and op not in CUDA_OPS:
-        pytest.skip(f"{op} has no CUDA kernel yet")
-    if device == "cuda" and dtype == torch.float32:
-        pytest.skip("CUDA kernels take bfloat16 and float16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -31,15 +25,36 @@ def test_values(op, form, dtype, device):
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_infinite_logits_weigh_what_torch_says(renormalize):
+def test_infinite_logits_weigh_what_torch_says(renormalize, device):
     inf = float("inf")
-    logits = torch.tensor([[inf, 1, 2, 0], [0, inf, inf, 1], [-inf, inf, 0, 1], [-inf, 3, -inf, 1], [-inf, -inf, 2, -inf], 4 * [-inf]])
+    logits = torch.tensor([[inf, 1, 2, 0], [0, inf, inf, 1], [-inf, inf, 0, 1], [-inf, 3, -inf, 1], [-inf, -inf, 2, -inf], 4 * [-inf]],
+                          device=device)
     weights, ids, *_ = mixtral_ext.moe_gate(logits, 2, renormalize)
     assert ids.tolist() == [[0, 2], [1, 2], [1, 3], [1, 3], [2, 0], [0, 1]]
     chosen = logits.gather(1, ids.long())
     expected = chosen.softmax(1) if renormalize else logits.softmax(1).gather(1, ids.long())
     assert expected.isnan().any(1).tolist() == 3 * [True] + 2 * [False] + [True]
     torch.testing.assert_close(weights, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_same_bits_whatever_else_is_in_the_batch(maps, device):
+    """The tokens of a call at once, and so many at a time that CUDA takes another kernel or tile each time. As many numbers
+    as here show another order of summation even through bfloat16."""
+    make = dict(tokens=800, experts=8, hidden=520, intermediate=264)
+    inputs = MoeExpertsCase("", **make).inputs(float_on(device), device)
+    weights = dict(w_gate_up=inputs["w_gate_up"], w_down=inputs["w_down"])
+
+    def layer(tokens):
+        ids = inputs["topk_ids"][tokens]
+        routing = dict(topk_weights=inputs["topk_weights"][tokens], topk_ids=ids)
+        if maps:
+            routing |= dict(zip(("expert_offsets", "sorted_slots", "slot_rows"), mixtral_ext.moe_sort(ids, make["experts"])))
+        return mixtral_ext.moe_experts(inputs["hidden"][tokens], **weights, **routing)
+
+    whole = layer(slice(0, 800))
+    for count in (1, 12, 30, 60, 200):
+        assert torch.equal(torch.cat([layer(slice(i, i + count)) for i in range(0, 800, count)]), whole), count
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -142,16 +157,21 @@ def test_calls_from_several_threads():
 
 
 @pytest.mark.gpu
-def test_current_stream_and_device():
-    """The op runs on the stream that is current, and leaves the current device alone."""
+@pytest.mark.parametrize("op", ["moe_permute", *MOE_OPS])
+def test_current_stream_and_device(op):
+    """The op comes after what the current stream has to do, and leaves the current device alone."""
     device = torch.device("cuda", torch.cuda.device_count() - 1)
-    inputs = case("moe_permute", "wide").inputs(torch.bfloat16, device)
-    want = inputs["hidden"][inputs["sorted_slots"].long() // 2]
-    stream = torch.cuda.Stream(device)
-    before = torch.cuda.current_device()
+    inputs = case(op, "plain").inputs(torch.bfloat16, device)
+    want = call(op, inputs)
+    name = next(k for k, v in inputs.items() if isinstance(v, torch.Tensor))
+    late = torch.zeros_like(inputs[name])
+    assert not all(same_bits(a, b) for a, b in zip(call(op, {**inputs, name: late}), want))  # too early would be seen
+    torch.cuda.synchronize(device)
+    stream, before = torch.cuda.Stream(device), torch.cuda.current_device()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        hidden = inputs["hidden"].clone()
-        rows = mixtral_ext.moe_permute(hidden, inputs["sorted_slots"], 2)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(inputs[name])
+        got = call(op, {**inputs, name: late})
     stream.synchronize()
-    assert torch.cuda.current_device() == before and torch.equal(rows, want)
+    assert torch.cuda.current_device() == before
+    assert all(same_bits(a, b) for a, b in zip(got, want))

@@ -6,7 +6,7 @@ import torch
 
 import mixtral_ext
 from mixtral_ext import debug
-from op_calls import MUTATED, OPS, case, outputs, same_bits, small_cases
+from op_calls import CUDA_OPS, MUTATED, OPS, case, float_on, outputs, same_bits, skip_unless_on, small_cases
 
 HUGE = 2**31 - 1
 NAMES = {"moe_gate": "plain", "moe_sort": "plain", "moe_permute": "plain", "moe_combine": "plain", "grouped_gemm": "gather",
@@ -54,6 +54,21 @@ def deep(t):
 def gapped(t):
     """The same values with a gap after each."""
     return torch.stack([t, t], dim=-1)[..., 0]
+
+
+def off_by_one(t):
+    """The same values one element further on in memory."""
+    return torch.cat([t.reshape(-1)[:1], t.reshape(-1)])[1:].view(t.shape)
+
+
+def rows_apart(count):
+    """The same values with a gap of `count` elements after each row."""
+    return lambda t: torch.nn.functional.pad(t, (0, count))[..., :t.shape[-1]]
+
+
+def cut(count):
+    """The first `count` columns; rows as far apart as before."""
+    return lambda t: t[..., :count]
 
 
 # op, argument, what to do with it (a function of its value, or the new value), the message after "mixtral_<op>: "
@@ -131,6 +146,34 @@ HOST_VISIBLE = [
     ("apply_rope", "theta", float("inf"), "theta: expected a number from 1e-30 to 1e30, got inf"),
 ]
 
+
+UNALIGNED = "expected data aligned to 16 bytes, got 0x[0-9a-f]+2$"
+STRIDES = "expected strides that are multiples of 16 bytes, got {} elements in dimension {}$"
+HALF = "expected dtype bfloat16 or float16, got float32$"
+# What CUDA alone refuses: op, the arguments that are changed, the message after "mixtral_<op>: ".
+CUDA_HOST_VISIBLE = [
+    ("moe_permute", dict(hidden=torch.Tensor.float), f"hidden: {HALF}"),
+    ("moe_permute", dict(hidden=rows_apart(3)), "hidden: " + STRIDES.format(67, 0)),
+    ("grouped_gemm", dict(a=torch.Tensor.float), f"a: {HALF}"),
+    ("grouped_gemm", dict(b=torch.Tensor.float), f"b: {HALF}"),
+    ("grouped_gemm", dict(a=off_by_one), f"a: {UNALIGNED}"),
+    ("grouped_gemm", dict(b=off_by_one), f"b: {UNALIGNED}"),
+    ("grouped_gemm", dict(a=rows_apart(4)), "a: " + STRIDES.format(68, 0)),
+    ("grouped_gemm", dict(b=rows_apart(1)), "b: " + STRIDES.format(65, 1)),
+    ("grouped_gemm", dict(a=cut(60), b=cut(60)), r"a.shape\[1\]: expected a multiple of 8 on CUDA, got 60$"),
+    ("grouped_gemm_swiglu", dict(w_gate_up=torch.Tensor.float), f"w_gate_up: {HALF}"),
+    ("grouped_gemm_swiglu", dict(w_gate_up=off_by_one), f"w_gate_up: {UNALIGNED}"),
+    ("grouped_gemm_swiglu", dict(a=cut(60), w_gate_up=cut(60)), r"a.shape\[1\]: expected a multiple of 8 on CUDA, got 60$"),
+    ("moe_experts", dict(hidden=torch.Tensor.float), f"hidden: {HALF}"),
+    ("moe_experts", dict(w_down=torch.Tensor.float), f"w_down: {HALF}"),
+    ("moe_experts", dict(hidden=off_by_one), f"hidden: {UNALIGNED}"),
+    ("moe_experts", dict(w_gate_up=off_by_one), f"w_gate_up: {UNALIGNED}"),
+    ("moe_experts", dict(w_down=rows_apart(4)), "w_down: " + STRIDES.format(52, 1)),
+    ("moe_experts", dict(hidden=lambda t: t[None]), "hidden: expected 2 dimensions, got 3$"),
+    ("moe_experts", dict(w_gate_up=lambda t: t[:, :92], w_down=cut(46)), r"w_down.shape\[2\]: expected a multiple of 8 on CUDA, got 46$"),
+    ("moe_experts", dict(topk_weights=torch.Tensor.bfloat16), "topk_weights: expected dtype float32, got bfloat16$"),
+]
+
 # Values inside index arrays.
 VALUES = [
     ("moe_permute", "sorted_slots", 3, 14, "sorted_slots: expected -1 to 13, got 14 in row 3"),
@@ -162,13 +205,13 @@ VALUES = [
 ]
 
 
-def check_refused(op, inputs, message):
+def check_refused(op, inputs, message, device="cpu"):
     """Both forms raise ValueError with this message (a regular expression), and write nothing."""
     pattern = f"^mixtral_{op}: (?:{message})"
     mutated = [inputs[k] for k in MUTATED.get(op, ()) if inputs[k] is not None]
     before = [t.clone() for t in mutated]
     if op != "apply_rope":
-        good = case(op, NAMES[op]).inputs(torch.float32)
+        good = case(op, NAMES[op]).inputs(float_on(device), device)
         outs = outputs(op, good)
         poison = [t.clone() for t in outs]
         with pytest.raises(ValueError, match=pattern):
@@ -184,6 +227,26 @@ def test_host_visible(op, name, change, message):
     inputs = case(op, NAMES[op]).inputs(torch.float32)
     inputs[name] = change(inputs[name]) if callable(change) else change
     check_refused(op, inputs, message)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op, changes, message", CUDA_HOST_VISIBLE, ids=lambda x: "-".join(x) if isinstance(x, dict) else x if x in OPS else "")
+def test_host_visible_on_cuda(op, changes, message):
+    inputs = case(op, NAMES[op]).inputs(torch.bfloat16, "cuda")
+    check_refused(op, inputs | {name: change(inputs[name]) for name, change in changes.items()}, message, "cuda")
+
+
+@pytest.mark.gpu
+def test_columns_that_rows_after_each_other_do_not_align():
+    """37 columns: a result of the functional form cannot be stored 16 bytes at a time, one with padded rows can."""
+    inputs = case("grouped_gemm", "plain").inputs(torch.bfloat16, "cuda")
+    want = mixtral_ext.grouped_gemm(**inputs)[:, :37]
+    inputs["b"] = inputs["b"][:, :37]
+    with pytest.raises(ValueError, match="^mixtral_grouped_gemm: out: " + STRIDES.format(37, 0)):
+        mixtral_ext.grouped_gemm(**inputs)
+    out = torch.full((len(want), 40), 7.0, dtype=torch.bfloat16, device="cuda")
+    mixtral_ext.grouped_gemm(**inputs, out=out[:, :37])
+    assert torch.equal(out[:, :37], want) and (out[:, 37:] == 7).all()
 
 
 def required(op):
@@ -283,13 +346,14 @@ def test_a_window_that_is_no_integer(op, window):
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "apply_rope"])
-def test_outputs_are_checked(op):
+def test_outputs_are_checked(op, device):
     """Wrong dtype, shape, strides or overlap of each result, by its name in the schema."""
+    skip_unless_on(device, op)
     schema = getattr(torch.ops.mixtral_ext, op).out._schema
     names = [a.name for a in schema.arguments if a.kwarg_only]
     for i, name in enumerate(names):
         for change in ("dtype", "shape", "stride"):
-            inputs = case(op, NAMES[op]).inputs(torch.float32)
+            inputs = case(op, NAMES[op]).inputs(float_on(device), device)
             outs = list(outputs(op, inputs))
             good = outs[i]
             if change == "dtype":
@@ -336,18 +400,15 @@ def test_tensors_on_different_devices(op):
 
 
 @pytest.mark.gpu
-def test_cpu_tensor_among_cuda_ones():
-    inputs = case("moe_permute", "plain").inputs(torch.bfloat16, "cuda")
-    inputs["sorted_slots"] = inputs["sorted_slots"].cpu()
-    with pytest.raises(ValueError, match=r"mixtral_moe_permute: sorted_slots: expected device cuda:0 \(as hidden\), got cpu"):
-        mixtral_ext.moe_permute(**inputs)
-
-
-@pytest.mark.gpu
-def test_cuda_refuses_f32_and_odd_strides():
-    inputs = case("moe_permute", "plain").inputs(torch.float32, "cuda")
-    with pytest.raises(ValueError, match="hidden: expected dtype bfloat16 or float16, got float32"):
-        mixtral_ext.moe_permute(**inputs)
-    inputs = case("moe_permute", "odd_stride").inputs(torch.bfloat16, "cuda")
-    with pytest.raises(ValueError, match="hidden: expected strides that are multiples of 16 bytes"):
-        mixtral_ext.moe_permute(**inputs)
+@pytest.mark.parametrize("op", sorted(CUDA_OPS))
+def test_cpu_tensors_among_cuda_ones(op):
+    """Any one of the tensors on the other device, results included."""
+    good = case(op, NAMES[op]).inputs(torch.bfloat16, "cuda")
+    overload = getattr(getattr(torch.ops.mixtral_ext, op), "default" if op == "apply_rope" else "out")
+    good |= dict(zip([a.name for a in overload._schema.arguments if a.kwarg_only], outputs(op, good)))
+    first, *others = [k for k, v in good.items() if isinstance(v, torch.Tensor)]
+    for name in others:
+        with pytest.raises(ValueError, match=f"^mixtral_{op}: {name}: expected device cuda:0 \\(as {first}\\), got cpu$"):
+            overload(**{**good, name: good[name].cpu()})
+    with pytest.raises(ValueError, match=f"^mixtral_{op}: {others[0]}: expected device cpu \\(as {first}\\), got cuda:0$"):
+        overload(**{**good, first: good[first].cpu()})

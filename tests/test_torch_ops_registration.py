@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import mixtral_ext
-from mixtral_bench.cases import CASES
-from op_calls import MUTATED, OPS, as_tuple, call, case, clone, forms, outputs, same_bits
+from op_calls import MUTATED, OPS, as_tuple, call, case, clone, float_on, forms, outputs, same_bits, skip_unless_on, small_cases
 
 NAMES = {"moe_gate": "plain", "moe_sort": "skips", "moe_permute": "plain", "moe_combine": "skips", "grouped_gemm": "gather",
          "grouped_gemm_swiglu": "gather", "moe_experts": "maps_skips", "sliding_window_attention": "batched_keys",
@@ -21,48 +20,52 @@ CALLS = [(op, form) for op in OPS for form in forms(op)]
 DIFFERENTIABLE = [op for op in OPS if op not in MUTATED and op != "moe_sort"]  # functional, with a float input
 
 
-def arguments(op, form):
+def arguments(op, form, device):
     """(overload, keyword arguments) of a case whose results are defined everywhere."""
-    inputs = case(op, NAMES[op]).inputs(torch.float32)
+    inputs = case(op, NAMES[op]).inputs(float_on(device), device)
     if form == "out":
         inputs |= dict(zip(RESULTS.get(op, ("out",)), outputs(op, inputs)))
     return getattr(getattr(torch.ops.mixtral_ext, op), "default" if form == "functional" else "out"), inputs
 
 
 @pytest.mark.parametrize("op, form", CALLS)
-def test_opcheck(op, form):
-    overload, kwargs = arguments(op, form)
+def test_opcheck(op, form, device):
+    skip_unless_on(device, op)
+    overload, kwargs = arguments(op, form, device)
     torch.library.opcheck(overload, (), kwargs)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_opcheck_with_gradients_wanted(op):
+def test_opcheck_with_gradients_wanted(op, device):
     """With inputs that require grad the registration and the fake still hold (backward raises: tested below)."""
-    overload, kwargs = arguments(op, "functional")
+    skip_unless_on(device, op)
+    overload, kwargs = arguments(op, "functional", device)
     kwargs = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
               for k, v in kwargs.items()}
     torch.library.opcheck(overload, (), kwargs, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 @pytest.mark.parametrize("op, form", CALLS)
-def test_fake_equals_real(op, form):
+def test_fake_equals_real(op, form, device):
     """Shape, dtype and strides of every result, also for inputs that are not contiguous."""
+    skip_unless_on(device, op)
     if form == "out":
-        overload, kwargs = arguments(op, form)
+        overload, kwargs = arguments(op, form, device)
         meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
         assert overload(**meta) is None
         return
     names = {"plain", "padded", "e64_k8", "gather_tail", "ragged", "transposed", "batched_empty", "empty", "k3_padded", "chunks"}
-    for c in (c for c in CASES[op] if c.name in names):
-        inputs = c.inputs(torch.bfloat16)
+    for c in (c for c in small_cases(op, device) if c.name in names):
+        inputs = c.inputs(torch.bfloat16, device)
         meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         real, fake = (as_tuple(getattr(mixtral_ext, op)(**args)) for args in (inputs, meta))
         assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in fake], c.name
 
 
 @pytest.mark.parametrize("op, form", CALLS)
-def test_compile(op, form):
+def test_compile(op, form, device):
     """fullgraph, static and dynamic shapes: the same bits as eager, and the same changes to the arguments."""
+    skip_unless_on(device, op)
     f, mutated = getattr(mixtral_ext, op), MUTATED.get(op, ())
 
     def step(inputs, out):
@@ -73,7 +76,7 @@ def test_compile(op, form):
     c = case(op, NAMES[op])
     for dynamic in (False, True):
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        inputs = c.inputs(torch.float32)
+        inputs = c.inputs(float_on(device), device)
         want = call(op, inputs, form)
         inputs = {k: clone(v) if k in mutated else v for k, v in inputs.items()}
         outs = outputs(op, inputs) if form == "out" else None
@@ -85,7 +88,7 @@ def test_compile(op, form):
             assert same_bits(o, g)
 
 
-def test_compile_with_other_sizes():
+def test_compile_with_other_sizes(device):
     """One dynamic graph serves any number of tokens."""
     torch._dynamo.reset()
     graphs = []
@@ -97,7 +100,7 @@ def test_compile_with_other_sizes():
     layer = torch.compile(lambda logits, hidden: mixtral_ext.moe_permute(hidden, mixtral_ext.moe_gate(logits)[3], 2),
                           fullgraph=True, backend=count, dynamic=True)
     for tokens in (3, 7, 12):
-        logits, hidden = torch.randn(tokens, 8), torch.randn(tokens, 64)
+        logits, hidden = torch.randn(tokens, 8, device=device), torch.randn(tokens, 64, device=device).to(float_on(device))
         slots = mixtral_ext.moe_gate(logits)[3]
         assert torch.equal(layer(logits, hidden), hidden[slots.long() // 2])
     assert len(graphs) == 1
@@ -107,8 +110,9 @@ def test_compile_with_other_sizes():
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_backward_of_a_functional_op_raises(op):
-    inputs = case(op, NAMES[op]).inputs(torch.float32)
+def test_backward_of_a_functional_op_raises(op, device):
+    skip_unless_on(device, op)
+    inputs = case(op, NAMES[op]).inputs(float_on(device), device)
     names = [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
     for name in names:
         leaf = inputs[name].clone().requires_grad_()
@@ -122,8 +126,9 @@ def test_backward_of_a_functional_op_raises(op):
 
 
 @pytest.mark.parametrize("op, form", [(op, form) for op, form in CALLS if op in MUTATED or form == "out" and op in DIFFERENTIABLE])
-def test_a_mutating_op_raises_at_once(op, form):
-    overload, kwargs = arguments(op, form)
+def test_a_mutating_op_raises_at_once(op, form, device):
+    skip_unless_on(device, op)
+    overload, kwargs = arguments(op, form, device)
     name = op if form == "functional" else f"{op}.out"
     for key in [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]:
         args = {k: clone(v) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
@@ -136,20 +141,21 @@ def test_a_mutating_op_raises_at_once(op, form):
             overload(**args)
 
 
-def test_writes_are_seen_by_autograd():
+def test_writes_are_seen_by_autograd(device):
     """A backward that needs the values from before an in-place op raises instead of using the new ones."""
-    weight, q = torch.randn(5, 2, 64, requires_grad=True), torch.randn(5, 2, 64)
+    like = dict(dtype=float_on(device), device=device)
+    weight, q = torch.randn(5, 2, 64, **like, requires_grad=True), torch.randn(5, 2, 64, **like)
     loss = (weight * q).sum()
-    mixtral_ext.apply_rope(q, None, torch.arange(5), 1e4)
+    mixtral_ext.apply_rope(q, None, torch.arange(5, device=device), 1e4)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 @pytest.mark.filterwarnings("ignore:Error detected in NoBackwardBackward")
-def test_compiled_backward_raises():
+def test_compiled_backward_raises(device):
     torch._dynamo.reset()
-    hidden = torch.randn(3, 64, requires_grad=True)
-    slots = torch.arange(3, dtype=torch.int32)
+    hidden = torch.randn(3, 64, dtype=float_on(device), device=device, requires_grad=True)
+    slots = torch.arange(3, dtype=torch.int32, device=device)
     compiled = torch.compile(lambda x: mixtral_ext.moe_permute(x, slots, 1).sum(), fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match="mixtral_ext::moe_permute: no gradient is defined"):
         compiled(hidden).backward()
