@@ -98,6 +98,7 @@ def test_table(tmp_path, capsys):
     file.write_text(json.dumps(results))
     gpu_experts.main(["--report", str(file)])
     text = capsys.readouterr().out
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert text.splitlines() == file.with_suffix(".md").read_text().splitlines() and len(text.splitlines()) <= 60
     head, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert len(body) == 37 and all(len(cells) == len(head) for cells in body)

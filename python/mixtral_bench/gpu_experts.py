@@ -352,6 +352,31 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def plot(results: dict, path: Path) -> None:
+    """Natural routing: time, and bandwidth and rate reached, against T. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in results["rows"] if row["routing"] == "natural"]
+    colors = dict(zip(("ours", *PEERS, "copy", "dense"), ("tab:red", "tab:blue", "tab:cyan", "tab:gray", "black", "black")))
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axes, key, label in zip(panels, ("us", "tb_s", "tflop_s"), ("us", "TB/s of weights and activations", "TFLOP/s")):
+        for name in ("ours", *PEERS, *(("copy",) if key == "tb_s" else ("dense",) if key == "tflop_s" else ())):
+            points = [(row["tokens"], row["candidates"][name][key]) for row in rows if key in row["candidates"][name]]
+            axes.plot([n for n, _ in points], [value for _, value in points], marker="o", markersize=3, label=name, color=colors[name])
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(label)
+        axes.set_yscale("log" if key == "us" else "linear")
+        axes.legend()
+    figure.suptitle(f"Mixtral 8x7B expert layer, bf16, natural routing, {results['gpu']['before'].get('name', '')}, "
+                    f"{results['machine']['date'][:10]}", fontsize=10)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def broken(results: dict) -> list[str]:
     """Our candidates that failed somewhere."""
     return [name for name in OURS if any("failed" in row["candidates"][name] for row in results["rows"])]
@@ -362,12 +387,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=Path("build/gpu-check/bench.json"), metavar="FILE", help="default %(default)s")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="T")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
-    parser.add_argument("--report", type=Path, metavar="FILE", help="print the table of earlier results and write it beside them")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="print the table of earlier results, write it and a plot beside them")
     options = parser.parse_args(arguments)
     if options.report:
-        text = table(json.loads(options.report.read_text()))
+        results = json.loads(options.report.read_text())
+        text = table(results)
         options.report.with_suffix(".md").write_text(text + "\n")
         print(text)
+        try:
+            plot(results, options.report.with_suffix(".png"))
+        except ModuleNotFoundError:
+            print("no plot: matplotlib is not installed: pip install 'mixtral_ext[bench]'")
         return
     options.json.parent.mkdir(parents=True, exist_ok=True)
     results = run(Shape(), options.tokens, options.routings, "cuda", save=lambda r: options.json.write_text(json.dumps(r, indent=1) + "\n"))
