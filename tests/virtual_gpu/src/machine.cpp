@@ -375,9 +375,11 @@ size_t Launch::capacity() const {
 void Launch::run() {
   const size_t size = cluster[0] * cluster[1] * cluster[2], most = capacity();
   counters.kernel = program->kernel->name;
+  counters.blocks = (uint64_t)grid[0] * grid[1] * grid[2];
+  counters.dynamic_shared_bytes = dynamic_shared;
   executions.assign(program->code.size(), 0);
   lane_executions.assign(program->code.size(), 0);
-  const uint64_t all = (uint64_t)grid[0] * grid[1] * grid[2] / size;
+  const uint64_t all = counters.blocks / size;
   for (uint64_t i = 0; i < all; ++i) pending_.push_back(i);
 
   while (!stop) {

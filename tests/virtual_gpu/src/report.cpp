@@ -60,6 +60,8 @@ std::string counters_json(const std::vector<Counters> &all) {
     }
     table("warp_instructions", warps);
     table("thread_instructions", threads);
+    number("blocks", c.blocks);
+    number("dynamic_shared_bytes", c.dynamic_shared_bytes);
     number("matrix_flops", c.matrix_flops);
     number("global_load_bytes", c.global_load_bytes);
     number("global_load_sectors", c.global_load_sectors);

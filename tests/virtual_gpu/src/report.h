@@ -29,6 +29,7 @@ class Reports {
 
 struct Counters {
   std::string kernel;
+  uint64_t blocks = 0, dynamic_shared_bytes = 0;         // of the grid; of one block
   std::array<uint64_t, (size_t)Class::kCount> warp_instructions{}, thread_instructions{};
   uint64_t matrix_flops = 0;
   uint64_t global_load_bytes = 0, global_load_sectors = 0, global_store_bytes = 0, global_store_sectors = 0;
