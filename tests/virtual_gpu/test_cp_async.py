@@ -48,6 +48,32 @@ def test_nothing_is_read_where_the_size_is_zero(random_completion):
 
 @pytest.mark.on_silicon
 @MODES
+@pytest.mark.parametrize("kind, size", (("ca", 4), ("ca", 8), ("ca", 16), ("cg", 16)))
+@pytest.mark.parametrize("negated", ("", "!"))
+def test_sources_that_are_ignored(negated, kind, size, random_completion):
+    """By a predicate: zeros are written and nothing is read. The address may lie outside of every array then."""
+    source, out = RNG.integers(1, 256, (16, 16), np.uint8), np.zeros((32, 16), np.uint8)
+    counters = run(HERE + f"""st.shared.v4.u32 [%r9], {{-1, -1, -1, -1}}; setp.{"lt" if negated else "ge"}.u32 %p1, %t, 16;
+        cp.async.{kind}.shared.global [%r9], [%y0], {size}, {negated}%p1; cp.async.wait_all;""" + STORE,
+                   source, out, variables=SHARED, random_completion=random_completion, written={1})
+    wanted = np.full((32, 16), 255, np.uint8)
+    wanted[:16, :size], wanted[16:, :size] = source[:, :size], 0
+    np.testing.assert_array_equal(out, wanted)
+    assert counters is None or counters["async_load_bytes"] == 16 * size
+
+
+@MODES
+def test_an_ignored_source_may_be_written(random_completion):
+    """It is not read: neither in flight nor a race."""
+    source, out = RNG.integers(0, 256, (64, 16), np.uint8), np.full((64, 16), 9, np.uint8)
+    run(HERE + "setp.eq.u32 %p1, %t, %t; sub.s64 %l1, %y0, %a0; xor.b64 %l1, %l1, 512; add.s64 %l1, %l1, %a0;"
+        "cp.async.cg.shared.global [%r9], [%y0], 16, %p1; st.global.u32 [%l1], 1; cp.async.wait_all;" + STORE,
+        source, out, block=64, variables=SHARED, random_completion=random_completion)
+    assert not out.any()
+
+
+@pytest.mark.on_silicon
+@MODES
 def test_address_forms(random_completion):
     """64-bit and 32-bit shared addresses, offsets on both sides, a cache policy, a guard."""
     source, out = RNG.integers(0, 2**32, (32, 4), np.uint32), np.zeros((32, 4), np.uint32)
@@ -159,6 +185,10 @@ PLANTED = {  # Late copies are caught in every schedule; if copies complete at r
                          "ld.shared.u32 %r1, [%r9];\nst.global.u32 [%y1], %r1; // caught"),
     "undefined_size": ("uninitialised", "all", HERE + "<<//|>> mov.u32 %r5, 4;\ncp.async.ca.shared.global [%r9], [%y0], 4, %r5; "
                        "// caught" + WAIT),
+    "undefined_predicate": ("uninitialised", "all", HERE + "<<//|>> mov.u32 %r5, 4;\nsetp.eq.u32 %p1, %r5, 4; "
+                            "cp.async.ca.shared.global [%r9], [%y0], 4, %p1; // caught" + WAIT),
+    "ignored_where_it_is_read": ("out-of-range", "all", HERE + "setp.eq.u32 %p1, %t, %t;\n"
+                                 "cp.async.cg.shared.global [%r9], [%y0+1024], 16, <<!|>>%p1; // caught" + WAIT),
     "undefined_address": ("uninitialised", "all",
                           "<<//|>> mov.u64 %l1, %y0;\n" + HERE + "cp.async.ca.shared.global [%r9], [%l1], 4; // caught" + WAIT),
 }

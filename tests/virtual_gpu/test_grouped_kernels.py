@@ -22,8 +22,9 @@ ARCHS = pytest.mark.parametrize("arch", (80, 90))
 SM_COUNT = 4  # of a vgpu.Gpu
 FEW, TILES = "few_rows", "tiles"
 WEIGHT_ROWS = {(FEW, 8): 64, (FEW, 16): 64, (FEW, 32): 64, (FEW, 64): 64, (TILES, 64): 128, (TILES, 128): 256}  # of a tile
-# As the heads of the files say: shared memory of a block, and registers as ptxas counts them.
+# As the heads of the files say: shared memory of a block; accumulators and fragments.
 SHARED_KB = {(FEW, 8): 91, (FEW, 16): 92, (FEW, 32): 88, (FEW, 64): 88, (TILES, 64): 96, (TILES, 128): 96}
+HELD = {(TILES, 64): 64 + 2 * 24, (TILES, 128): 128 + 2 * 32}
 
 
 def inputs_of(op, segments, inner=72, outer=40, dtype=torch.bfloat16, **more):
@@ -190,7 +191,7 @@ def test_which_kernel(rows, experts, divisor, kernel, op):
     check(gpu, op, inputs_of(op, segments, 8, columns, gather=divisor if divisor > 1 else 0), kernel)
     c, = gpu.counters
     assert c["blocks"] == blocks_of(kernel, rows, experts, columns, columns_of(kernel, op))
-    assert c["dynamic_shared_bytes"] == SHARED_KB[kernel] * 1024
+    assert c["dynamic_shared_bytes"] == SHARED_KB[kernel] * 1024 <= 99 * 1024
 
 
 @pytest.mark.parametrize("tokens, experts, top_k, kernel", [
@@ -206,17 +207,17 @@ def test_which_kernel_of_the_expert_layer(tokens, experts, top_k, kernel):
 
 
 def test_resources():
-    """No kernel spills; as many blocks fit an SM's registers as its launch bounds say: two of 128 threads, one of 256."""
+    """Nothing spills, so accumulators and fragments are in registers; 128 threads with 255 of them fit an SM twice."""
     found = {}
     for ptx in vgpu.Gpu.library_ptx():
         for name, r in vgpu.resources(ptx).items() if "grouped_gemm" in ptx else ():
             if kernel := kernel_of(name):
                 found.setdefault(kernel, []).append(r)
-    assert len(found) == 6 * 2 * 2 and all(len(of_archs) == 2 for of_archs in found.values())
+    assert len(found) == 6 * 2 * 2
     for (kernel, *_), of_archs in found.items():
+        assert len(of_archs) == 2
         for r in of_archs:
-            assert r["spills"] == 0 and r["shared_bytes"] == 0 and r["registers"] <= 255, (kernel, r)
-            assert SHARED_KB[kernel] * 1024 <= 99 * 1024
+            assert r["spills"] == r["shared_bytes"] == 0 and HELD.get(kernel, 0) < r["registers"] <= 255, (kernel, r)
 
 
 # --------------------------------------------------------------------------------------------------------------- costs
@@ -229,12 +230,14 @@ def text_of(where):
 
 def assert_cost(c, kernel, swiglu, segments, n, k):
     """Of one product. Weights once for every tile of rows, rows of A once for every tile of columns, nothing else."""
-    columns = WEIGHT_ROWS[kernel] // (1 + swiglu)
-    column_tiles, rows = ceil_div(n, columns), sum(segments)
+    column_tiles, rows, steps = ceil_div(n, WEIGHT_ROWS[kernel] // (1 + swiglu)), sum(segments), ceil_div(k, 64)
+    row_tiles = sum(ceil_div(r, kernel[1]) for r in segments)
     granule = 8 if kernel[0] == FEW else 64  # rows that the tensor cores take at once
-    assert c["async_load_bytes"] == 2 * k * (sum(ceil_div(r, kernel[1]) for r in segments) * n * (1 + swiglu) + column_tiles * rows)
-    assert c["matrix_flops"] == 2 * sum(ceil_div(r, granule) * granule for r in segments) * column_tiles * WEIGHT_ROWS[kernel] * ceil_div(k, 64) * 64
+    assert c["async_load_bytes"] == 2 * k * (row_tiles * n * (1 + swiglu) + column_tiles * rows)
+    assert c["matrix_flops"] == 2 * sum(ceil_div(r, granule) * granule for r in segments) * column_tiles * WEIGHT_ROWS[kernel] * steps * 64
     assert c["global_store_bytes"] == rows * n * 2
+    # One a step for every warp; of a tile three more around its result and before its first step, of a unit of few rows one more.
+    assert c["barriers"] == row_tiles * column_tiles * (8 if kernel == (TILES, 128) else 4) * (steps + (1 if kernel[0] == FEW else 3))
     # Bank conflicts are of the result's staging alone, in 2-byte stores of few rows.
     assert c["shared_conflicts"] == sum(c["conflicts_by_line"].values())
     assert all(kernel[0] == FEW and any("from_float(" in line for line in text_of(where)) for where in c["conflicts_by_line"]), c["conflicts_by_line"]

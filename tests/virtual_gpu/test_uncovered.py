@@ -61,7 +61,7 @@ mbarrier.arrive.noComplete.shared.b64 %l2, [%r2], 1; mbarrier.arrive_drop.shared
 mbarrier.arrive.acquire.cta.shared.b64 _, [%r2]; mbarrier.arrive.shared.b64 %r3, [%r2]; mbarrier.test_wait.shared.b64 %r3, [%r2], %l1; mbarrier.test_wait.shared.b64 %p3, [%r2], %r1
 mbarrier.try_wait.parity.release.cta.shared.b64 %p3, [%r2], 0; mbarrier.try_wait.parity.shared.b64 %p3, [%r2]; mbarrier.pending_count.b64 %r3, %l1; mbarrier.inval.b64; mbarrier
 cp.async.bogus.shared.global [%r2], [%a0], 16; cp.async.cg.shared.global [%r2], [%a0], 8; cp.async.ca.shared.global [%r2], [%a0], 12; cp.async.ca.shared.global [%r2], [%a0], %r1
-cp.async.ca.shared.global [%r2], [%a0], 4, %p1; cp.async.ca.shared.global [%r2], [%a0]; cp.async.wait_group; cp.async.wait_group %r1; cp.async.commit_group.bogus; cp.async.wait_all 0; cp
+cp.async.ca.shared.global [%r2], [%a0]; cp.async.wait_group; cp.async.wait_group %r1; cp.async.commit_group.bogus; cp.async.wait_all 0; cp
 cp.async.ca.global.shared [%a0], [%r2], 16; cp.async.mbarrier.arrive.bogus.b64 [%r2]; cp.bogus; cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [%a0], [%r2], 16
 cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%r2], [%r2], 16, [%r2]; cp.async.bulk.global.shared::cta.bulk_group.cp_mask [%a0], [%r2], 16, 1
 cp.async.bulk.wait_group.bogus 0; cp.async.bulk.wait_group; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r2], [%a0], 16, [%r2]
@@ -100,7 +100,7 @@ atom.acq_rel.cta.shared::cta.max.s64 %l2, [%r2], %l1; atom.exch.b64 %l2, [%a0], 
 atom.add.acquire.gpu.u32 %r3, [%a0], 1; atom.global.add.noftz.v4.bf16x2 {%r3, %r4, %r5, _}, [%a0], {%r1, %r1, %r1, %r1}; atom.global.cas.b16 %h1, [%a0], %h2, 3
 fence.gpu; fence.sc.cluster; fence.acq_rel.sys; membar.proxy.async; fence.proxy.async.shared::cluster; bar.cta.arrive 1, 64; barrier.red.and.aligned.pred %p3, 1, 64, !%p1
 barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire; mbarrier.try_wait.relaxed.cluster.shared::cta.b64 %p3, [%r2], %l1, 100; mbarrier.arrive.b64 %l2, [%r2], 2
-cp.async.cg.shared::cta.global.L2::cache_hint.L2::64B [%r2], [%a0], 16, %r1, %l1; prefetch.local.L1 [%l1]; prefetch.tensormap [%l1]; isspacep.shared::cluster %p3, %l1
+cp.async.cg.shared::cta.global.L2::cache_hint.L2::64B [%r2], [%a0], 16, %r1, %l1; cp.async.ca.shared.global [%r2], [%a0], 4, !%p1; cp.async.ca.shared.global.L2::cache_hint [%r2], [%a0], 8, %p1, %l1; prefetch.local.L1 [%l1]; prefetch.tensormap [%l1]; isspacep.shared::cluster %p3, %l1
 cp.async.bulk.tensor.1d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%r2], [%l1, {0}], [%r2], %l1; cp.async.bulk.prefetch.tensor.1d.L2.global [%l1, {0}]
 createpolicy.fractional.L2::evict_last.L2::evict_unchanged.b64 %l2, 1.0; mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {V2}, {V2}, %r1, {V2}; vote.sync.any.pred %p3, !%p1, -1
 match.all.sync.b64 %r3|%p3, %l1, -1; shfl.sync.up.b32 _|%p3, %r1, 1, 0, -1; bra.uni E; ret.uni; exit; griddepcontrol.launch_dependents; mov.u64 %l2, %globaltimer; mov.u32 %r3, %clock

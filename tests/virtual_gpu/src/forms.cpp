@@ -74,7 +74,7 @@ const std::pair<const char *, const char *> forms[] = {
     {"mbarrier", ".(initBLOCK?.b64 aS|invalBLOCK?.b64 a|(test_wait|try_wait)(.parity)?(.(acquire|relaxed).(cta|cluster))?BLOCK?.b64 paSS?|"
                  "arrive(.(release|relaxed).(cta|cluster))?CLUSTER?.b64 [r_]aS?|arrive.expect_tx(.(release|relaxed).(cta|cluster))?CLUSTER?.b64 [r_]aS|"
                  "(expect_tx|complete_tx)(.relaxed.(cta|cluster))?CLUSTER?.b64 aS)"},
-    // 9.7.9.25 cp.async: without ignore-src, im2col, masks and reductions.
+    // 9.7.9.25 cp.async: without im2col, masks and reductions.
     {"cp", ".async.(c[ag]BLOCK.global(.L2::(64|128|256)B)? aai([pn]|S)?|commit_group |wait_group i|wait_all |mbarrier.arrive(.noinc)?BLOCK?.b64 a|"
            "bulk.(commit_group |wait_group(.read)? i|prefetch.L2.global aS|prefetch.tensor.[1-5]d.L2.global(.tile)? c|"
            "shared::(cta|cluster).global.mbarrier::complete_tx::bytes aaSa|shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster aaSaS|"
