@@ -182,7 +182,7 @@ class GroupedGemmCase(Case):
     tail: int = 0                   # rows past the last offset
     gather: int = 0                 # 0: no a_rows; else a_rows with this divisor
     padding: int = 0
-    far: bool = False               # experts FAR apart
+    far: bool = False               # experts FAR apart, and rows of a
 
     def _operands(self, make, outer):
         rows, offsets = sum(self.segments), [0]
@@ -190,11 +190,11 @@ class GroupedGemmCase(Case):
             offsets.append(offsets[-1] + n)
         b = make.normal(len(self.segments), outer, self.inner, scale=max(1, self.inner)**-0.5, padding=self.padding, far=self.far)
         if not self.gather:
-            a = make.normal(rows + self.tail, self.inner, padding=self.padding)
+            a = make.normal(rows + self.tail, self.inner, padding=self.padding, far=self.far)
             a[rows:] = math.nan
             return a, b, dict(expert_offsets=make.i32(offsets))
         tokens = max(1, -(-rows // self.gather))
-        a = make.normal(tokens, self.inner, padding=self.padding)
+        a = make.normal(tokens, self.inner, padding=self.padding, far=self.far)
         a_rows = make.ints(0, tokens * self.gather, rows + self.tail)
         a_rows[rows:] = HUGE
         return a, b, dict(expert_offsets=make.i32(offsets), a_rows=a_rows, a_rows_divisor=self.gather)
@@ -230,7 +230,7 @@ class MoeExpertsCase(Case):
         from mixtral_ext.reference import moe_sort
         ids = make.topk_ids(self.tokens, self.experts, self.top_k, self.routing, self.ids_dtype)
         args = dict(
-            hidden=make.normal(self.tokens, self.hidden, padding=self.padding),
+            hidden=make.normal(self.tokens, self.hidden, padding=self.padding, far=self.far),
             w_gate_up=make.normal(self.experts, 2 * self.intermediate, self.hidden, scale=max(1, self.hidden)**-0.5,
                                   padding=self.padding),
             w_down=make.normal(self.experts, self.hidden, self.intermediate, scale=2 * max(1, self.intermediate)**-0.5,
@@ -450,6 +450,7 @@ def _gemm_cases(kind):
         kind("odd_sizes", segments=(3, 5), inner=37, outer=19, cpu_only=True),
         kind("odd_stride", segments=(3, 5), padding=3, gather=2, cpu_only=True),
         kind("far", segments=(1, 0, 2), inner=16, outer=8, far=True),
+        kind("far_gather", segments=(2, 0, 4), inner=16, outer=8, gather=2, far=True),
     ] + mixtral
 
 
@@ -470,6 +471,7 @@ def _experts_cases():
         MoeExpertsCase("k1", tokens=5, top_k=1),
         MoeExpertsCase("k3_padded", tokens=5, top_k=3, padding=8, routing="skips"),
         MoeExpertsCase("row_tile_edges", tokens=67, experts=2, hidden=32, intermediate=16),
+        MoeExpertsCase("far", tokens=3, far=True),
         MoeExpertsCase("odd_sizes", tokens=5, hidden=37, intermediate=19, padding=1, cpu_only=True),
     ] + [MoeExpertsCase(f"mixtral_t{t}", tokens=t, experts=8, hidden=4096, intermediate=14336, large=True)
          for t in (1, 4, 8, 16, 64, 512, 4096)]
