@@ -56,7 +56,8 @@ def check(gpu, op, inputs, kernel):
     assert kernel_of(gpu.counters[-1]["kernel"]) == (kernel, out.dtype, op == "grouped_gemm_swiglu")
     used, formula = int(inputs["expert_offsets"][-1]), getattr(reference, op)
     assert (out[used:] == UNTOUCHED).all()
-    close = {name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}  # torch itself reads NaN between bf16 rows
+    # Without the NaN between rows, which torch's own bf16 product may read.
+    close = {name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     assert_accurate(out[:used], formula(**close)[:used], formula(**widened(close))[:used])
     return out
 
@@ -93,7 +94,8 @@ def test_schedules(kernel, segments, gather, op):
 
 @PRODUCTS
 @KERNELS
-@pytest.mark.parametrize("arch, inner, outer, beyond", [(80, 0, 8, 0), (90, 8, 1, 0), (80, 16, 9, 0), (90, 56, 0, -1), (80, 64, 0, 0), (90, 72, 0, 7)])
+@pytest.mark.parametrize("arch, inner, outer, beyond", [(80, 0, 8, 0), (90, 8, 1, 0), (80, 16, 9, 0), (90, 56, 0, -1), (80, 64, 0, 0),
+                                                       (90, 72, 0, 7)])
 def test_depths_and_columns(arch, inner, outer, beyond, kernel, segments, gather, op):
     """k may be any multiple of 8, also 0: the result is zero then. The last columns: `outer`, or so many beyond a tile."""
     out = check(vgpu.Gpu(arch), op, inputs_of(op, segments, inner, outer or columns_of(kernel, op) + beyond, gather=gather), kernel)
@@ -173,8 +175,9 @@ def test_tokens_far_apart(tokens, experts, kernel):
 TABLE = [  # rows, experts, divisor -> kernel: both sides of every threshold of grouped_gemm_config
     (1, 8, 1, (FEW, 8)), (8, 8, 1, (FEW, 8)), (9, 8, 1, (FEW, 16)), (16, 8, 1, (FEW, 16)), (17, 8, 1, (FEW, 32)), (32, 8, 1, (FEW, 32)),
     (33, 8, 1, (FEW, 64)), (16, 8, 2, (FEW, 8)), (17, 8, 2, (FEW, 16)), (64, 8, 8, (FEW, 8)), (64, 1, 1, (FEW, 64)), (65, 1, 1, (TILES, 64)),
-    (64, 4, 1, (FEW, 64)), (65, 4, 1, (TILES, 64)), (80, 5, 1, (FEW, 64)), (81, 5, 1, (TILES, 64)), (1024, 64, 8, (FEW, 64)), (1025, 64, 8, (TILES, 64)),
-    (192, 1, 1, (TILES, 64)), (193, 1, 1, (TILES, 128)), (768, 4, 1, (TILES, 64)), (769, 4, 1, (TILES, 128)), (769, 4, 2, (TILES, 128))]
+    (64, 4, 1, (FEW, 64)), (65, 4, 1, (TILES, 64)), (80, 5, 1, (FEW, 64)), (81, 5, 1, (TILES, 64)), (1024, 64, 8, (FEW, 64)),
+    (1025, 64, 8, (TILES, 64)), (192, 1, 1, (TILES, 64)), (193, 1, 1, (TILES, 128)), (768, 4, 1, (TILES, 64)),
+    (769, 4, 1, (TILES, 128)), (769, 4, 2, (TILES, 128))]
 
 
 def blocks_of(kernel, rows, experts, columns, tile_columns):
@@ -240,7 +243,8 @@ def assert_cost(c, kernel, swiglu, segments, n, k):
     assert c["barriers"] == row_tiles * column_tiles * (8 if kernel == (TILES, 128) else 4) * (steps + (1 if kernel[0] == FEW else 3))
     # Bank conflicts are of the result's staging alone, in 2-byte stores of few rows.
     assert c["shared_conflicts"] == sum(c["conflicts_by_line"].values())
-    assert all(kernel[0] == FEW and any("from_float(" in line for line in text_of(where)) for where in c["conflicts_by_line"]), c["conflicts_by_line"]
+    assert kernel[0] == FEW or not c["conflicts_by_line"], c["conflicts_by_line"]
+    assert all(any("from_float(" in line for line in text_of(where)) for where in c["conflicts_by_line"]), c["conflicts_by_line"]
 
 
 @ARCHS
@@ -255,8 +259,8 @@ def test_cost(kernel, segments, gather, op, arch):
 
 @ARCHS
 @PRODUCTS
-@pytest.mark.parametrize("kernel, segments", [((FEW, 8), (0, 8)), ((FEW, 16), (16, 0)), ((FEW, 32), (32,)), ((FEW, 64), (64,)), ((TILES, 64), (64, 128)),
-                                              ((TILES, 128), (512, 0))], ids=str)
+@pytest.mark.parametrize("kernel, segments", [((FEW, 8), (0, 8)), ((FEW, 16), (16, 0)), ((FEW, 32), (32,)), ((FEW, 64), (64,)),
+                                              ((TILES, 64), (64, 128)), ((TILES, 128), (512, 0))], ids=str)
 def test_accesses_are_of_16_bytes(kernel, segments, op, arch):
     """Whole tiles: every lane of a copy brings 16 bytes, every lane of a store takes 16, and a warp's stores are whole sectors."""
     gpu, n, k = vgpu.Gpu(arch), 2 * columns_of(kernel, op), 192
@@ -301,8 +305,9 @@ def test_launches(tokens, experts, top_k, launches):
     shapes = []
     for routing in ("uniform", "one", "skips", "all_skips") if tokens < 100 else ("all_skips",):
         for maps in (False, True) if tokens < 100 else (False,):
-            gpu, case = vgpu.Gpu(), MoeExpertsCase("", tokens=tokens, experts=experts, top_k=top_k, hidden=8, intermediate=8, routing=routing, maps=maps)
-            run(gpu, "moe_experts", case.inputs(torch.bfloat16))
+            sizes = dict(tokens=tokens, experts=experts, top_k=top_k, hidden=8, intermediate=8)
+            gpu = vgpu.Gpu()
+            run(gpu, "moe_experts", MoeExpertsCase("", **sizes, routing=routing, maps=maps).inputs(torch.bfloat16))
             assert len(gpu.counters) == (3 if maps else launches)
             shapes.append([(c["kernel"], c["blocks"], c["dynamic_shared_bytes"]) for c in gpu.counters[-3:]])
     assert all(shape == shapes[0] for shape in shapes)
@@ -360,8 +365,9 @@ def check_by_rule(op, inputs, arch=90):
 
 ROWS = pytest.mark.parametrize("rows", (15, 40, 70, 800))  # of 4 experts: few rows of 16 and 64, tiles of 64 and 128 rows
 R = "R"
-BAD_OFFSETS = [(0, 9, 4, 12, R), (5, 9, 12, 12, 14), (0, 9, 16, R, 14), (-3, -HUGE - 1, 7, HUGE, 9), (HUGE, 0, 0, 0, 0), (0, 0, 0, 0, HUGE), (7, 3, 3, 3, 3),
-               (-1, -1, -1, -1, -1), (HUGE, HUGE, HUGE, HUGE, HUGE), (0, HUGE, -HUGE - 1, HUGE, 5), (3, 2, 1, 0, -1), (-HUGE - 1, 1, 2, 3, 4)]
+BAD_OFFSETS = [(0, 9, 4, 12, R), (5, 9, 12, 12, 14), (0, 9, 16, R, 14), (-3, -HUGE - 1, 7, HUGE, 9), (HUGE, 0, 0, 0, 0), (0, 0, 0, 0, HUGE),
+               (7, 3, 3, 3, 3), (-1, -1, -1, -1, -1), (HUGE, HUGE, HUGE, HUGE, HUGE), (0, HUGE, -HUGE - 1, HUGE, 5), (3, 2, 1, 0, -1),
+               (-HUGE - 1, 1, 2, 3, 4)]
 
 
 @PRODUCTS
@@ -411,8 +417,8 @@ def experts_by_rule(inputs):
 
 @pytest.mark.parametrize("tokens", (7, 20, 40, 400))
 @pytest.mark.parametrize("name, values", [
-    ("expert_offsets", (0, 9, 4, 12, 13)), ("expert_offsets", (5, 9, 12, HUGE, 3)), ("expert_offsets", (-HUGE - 1, -1, 8, 2, 2)), ("expert_offsets", (HUGE,) * 5),
-    ("sorted_slots", (-1, -HUGE - 1, HUGE, 14, -2)), ("slot_rows", (-2, -HUGE - 1, HUGE, 14, -1))], ids=str)
+    ("expert_offsets", (0, 9, 4, 12, 13)), ("expert_offsets", (5, 9, 12, HUGE, 3)), ("expert_offsets", (-HUGE - 1, -1, 8, 2, 2)),
+    ("expert_offsets", (HUGE,) * 5), ("sorted_slots", (-1, -HUGE - 1, HUGE, 14, -2)), ("slot_rows", (-2, -HUGE - 1, HUGE, 14, -1))], ids=str)
 def test_bad_maps_of_the_expert_layer(name, values, tokens):
     inputs = MoeExpertsCase("", tokens=tokens, hidden=32, intermediate=24, maps=True).inputs(torch.bfloat16)
     values = torch.tensor([2 * tokens if x == 14 else x for x in values]).int()
@@ -475,9 +481,10 @@ def floats(op):
 def small_fields(op, inner=24, outer=16):
     """Rows of floats begin at multiples of 16 bytes, whatever their length."""
     if op == "moe_experts":
-        fields = fields_of(MoeExpertsCase("", tokens=3, hidden=inner, intermediate=outer).inputs(torch.float16)) | dict(out=np.zeros((3, inner), np.float16))
+        inputs, shape = MoeExpertsCase("", tokens=3, hidden=inner, intermediate=outer).inputs(torch.float16), (3, inner)
     else:
-        fields = fields_of(inputs_of(op, (2, 3), inner, outer, torch.float16)) | dict(out=np.zeros((5, outer), np.float16))
+        inputs, shape = inputs_of(op, (2, 3), inner, outer, torch.float16), (5, outer)
+    fields = fields_of(inputs) | dict(out=np.zeros(shape, np.float16))
     return fields | {name: padded(fields[name], -fields[name].shape[-1] % 8) for name in floats(op)}
 
 
