@@ -178,7 +178,8 @@ def test_sanitizer_part(tmp_path, monkeypatch, body, good):
 
 def test_without_a_sanitizer(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
-    assert gpu_check.sanitizer(gpu_check.Check(tmp_path, 60)) == ([], "skipped: compute-sanitizer was not found")
+    failures, _ = gpu_check.sanitizer(gpu_check.Check(tmp_path, 60))
+    assert failures == ["compute-sanitizer was not found: leave the part out of PARTS, or install it"]
 
 
 def test_sanitized_calls(capsys, monkeypatch):
@@ -192,7 +193,7 @@ def test_sanitized_calls(capsys, monkeypatch):
     monkeypatch.setattr(mixtral_ext, "moe_sort", unsupported)
     assert gpu_check.call_ops("cpu")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10 and "moe_sort: not supported on CUDA yet" in lines and "moe_experts: 11 of 11 cases" in lines
+    assert len(lines) == 10 and "moe_sort: not supported on CUDA yet" in lines and "moe_experts: 28 of 28 cases" in lines
     monkeypatch.setattr(mixtral_ext, "moe_gate", fails)
     assert not gpu_check.call_ops("cpu", seconds=0.0)
     assert "moe_gate empty: FAILED CUDA error: an illegal memory access" in capsys.readouterr().out
@@ -213,3 +214,10 @@ def test_make_passes_its_variables_on():
     assert printed().endswith("-m mixtral_bench.gpu_check --out build/gpu-check")
     line = printed("PARTS=tests bench", "OUT=/some/where", "TOKENS=1 16", "ROUTINGS=natural")
     assert line.endswith("--out /some/where --parts tests bench --tokens 1 16 --routings natural")
+
+
+def test_the_program_behind_the_choice_of_kernels_compiles(tmp_path):
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc on PATH")
+    source = ROOT / "python/mixtral_bench/grouped_gemm_kernels.cu"
+    subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-I", ROOT / "csrc", "-c", "-o", tmp_path / "x.o", source], check=True)

@@ -14,7 +14,6 @@ KERNEL_EDGES = [
     MoeExpertsCase("passes", tokens=700, hidden=9, intermediate=7),  # 1400 rows: two passes
     MoeExpertsCase("blocks", tokens=31, experts=2, hidden=530, intermediate=1030),
     MoeExpertsCase("many_experts", tokens=9, experts=256, top_k=8, hidden=16, intermediate=8),
-    MoeExpertsCase("no_intermediate", tokens=3, intermediate=0),
     MoeExpertsCase("no_hidden", tokens=3, hidden=0),
 ]
 

@@ -2,7 +2,8 @@
 
 namespace mixtral::api {
 
-// On an H100 at the Mixtral layer (8 experts of 4096 x 14336, bf16, natural routing), both products together, us; `make gpu-check`:
+// us of both products at the Mixtral layer (8 experts of 4096 x 14336, bf16, natural routing) on an H100 are from
+// python/mixtral_bench/grouped_gemm_kernels.cu; its output of DATE is in python/mixtral_bench/results.
 //
 //   rows                       kernel               why
 //   <= 64, or <= 16 an expert  few rows: 8 to 64    memory-bound: weights once, rows that do not exist cost nothing. T = 64: 986, tiles of

@@ -10,10 +10,11 @@ cuda::GroupedGemmConfig grouped_gemm_config(int64_t rows, int64_t expert_rows, i
 
 // A checked grouped_gemm or grouped_gemm_swiglu on CUDA; `w` is its weights.
 template <class Params>
-mixtral_status grouped_gemm_cuda(const char *op, const mixtral_context &context, const Params &p, const mixtral_tensor &w, void *stream) {
+mixtral_status grouped_gemm_cuda(const char *op, const mixtral_context &context, const Params &p, const mixtral_tensor &w, bool swiglu,
+                                 void *stream) {
   cuda::GroupedGemm g = {};
   g.dtype = p.a.dtype;
-  g.swiglu = w.shape[1] != p.out.shape[1];
+  g.swiglu = swiglu;
   g.experts = (int32_t)w.shape[0];
   g.rows = (int32_t)p.out.shape[0];
   g.n = p.out.shape[1];
@@ -29,7 +30,7 @@ mixtral_status grouped_gemm_cuda(const char *op, const mixtral_context &context,
   g.w_expert_stride = w.stride[0];
   g.w_stride = w.stride[1];
   g.out_stride = p.out.stride[0];
-  const int64_t expert_rows = (g.rows + g.a_rows_divisor - 1) / g.a_rows_divisor;  // each of the `divisor` has its own expert
+  const int64_t expert_rows = ((int64_t)g.rows + g.a_rows_divisor - 1) / g.a_rows_divisor;  // each of the `divisor` has its own expert
   return cuda::grouped_gemm(op, g, grouped_gemm_config(g.rows, expert_rows, g.experts, context.sm_count), stream);
 }
 

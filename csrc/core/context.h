@@ -9,7 +9,6 @@ struct mixtral_context {
   mixtral_parallel_for pool_run;
   void *pool;
   int32_t sm_count;            // CUDA: multiprocessors
-  int32_t max_shared_bytes;    // CUDA: opt-in shared memory a block
   int32_t compute_capability;  // CUDA: major * 10 + minor
   bool overlaps_kernels;       // CUDA: a kernel may be launched to begin before the one ahead of it ends (common/overlap.cuh)
 };

@@ -82,22 +82,22 @@ mixtral_status apply_rope(const mixtral_context &, const mixtral_apply_rope_para
   Frequencies frequencies;
   for (int i = 0; i < pairs; ++i) frequencies.x[i] = rope_frequency(p.theta, i, 2 * pairs);
 
+  cudaError_t error = cudaSuccess;
   with_half_type(p.q.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto launch = [&](auto kernel, auto *positions) {
-      kernel<<<(unsigned)tokens, kThreads, 0, (cudaStream_t)stream>>>(
-          (T *)p.q.data, p.q.stride[0], p.q.stride[1], q_heads, (T *)p.k.data, p.k.stride[0], p.k.stride[1], k_heads,
-          positions, (int)pairs, frequencies);
+    const auto rotate = [&](auto kernel, auto *positions) {
+      error = launch(kernel, dim3((unsigned)tokens), kThreads, 0, stream, false, (T *)p.q.data, p.q.stride[0], p.q.stride[1], q_heads,
+                     (T *)p.k.data, p.k.stride[0], p.k.stride[1], k_heads, positions, (int)pairs, frequencies);
     };
     const auto *p32 = (const int32_t *)p.positions.data;
     const auto *p64 = (const int64_t *)p.positions.data;
     const bool wide = p.positions.dtype == MIXTRAL_DTYPE_I64;
-    if (wide && p.interleaved) launch(apply_rope_kernel<T, int64_t, true>, p64);
-    if (wide && !p.interleaved) launch(apply_rope_kernel<T, int64_t, false>, p64);
-    if (!wide && p.interleaved) launch(apply_rope_kernel<T, int32_t, true>, p32);
-    if (!wide && !p.interleaved) launch(apply_rope_kernel<T, int32_t, false>, p32);
+    if (wide && p.interleaved) rotate(apply_rope_kernel<T, int64_t, true>, p64);
+    if (wide && !p.interleaved) rotate(apply_rope_kernel<T, int64_t, false>, p64);
+    if (!wide && p.interleaved) rotate(apply_rope_kernel<T, int32_t, true>, p32);
+    if (!wide && !p.interleaved) rotate(apply_rope_kernel<T, int32_t, false>, p32);
   });
-  return cuda_status("mixtral_apply_rope", cudaGetLastError());
+  return cuda_status("mixtral_apply_rope", error);
 }
 
 }  // namespace mixtral::cuda

@@ -20,7 +20,6 @@ mixtral_status context_init(mixtral_context &context) {
   attribute(cudaDevAttrComputeCapabilityMajor, &major);
   attribute(cudaDevAttrComputeCapabilityMinor, &minor);
   attribute(cudaDevAttrMultiProcessorCount, &context.sm_count);
-  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &context.max_shared_bytes);
   if (status != MIXTRAL_OK) return status;
 
   context.compute_capability = major * 10 + minor;
@@ -35,11 +34,12 @@ mixtral_status context_init(mixtral_context &context) {
   // Function attributes belong to the current device.
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess) error = cudaSetDevice(context.device_index);
+  const bool other = current != context.device_index;  // to set the same one would make a CUDA context where there is none
+  if (error == cudaSuccess && other) error = cudaSetDevice(context.device_index);
   if (error != cudaSuccess) return cuda_status(kOp, error);
   error = grouped_gemm_tiles_init();
   if (error == cudaSuccess) error = grouped_gemm_few_rows_init(&context.overlaps_kernels);
-  const cudaError_t restored = cudaSetDevice(current);
+  const cudaError_t restored = other ? cudaSetDevice(current) : cudaSuccess;
   return cuda_status(kOp, error == cudaSuccess ? restored : error);
 }
 

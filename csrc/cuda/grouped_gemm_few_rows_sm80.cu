@@ -10,6 +10,8 @@
 //   stages        10        9        7        5    of 8 KB of weights + 128 bytes a row of A, by cp.async. Rows are 128 bytes, their eight
 //                                                  16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
 //   shared       91 KB    92 KB    88 KB    88 KB  with the result's 128 bytes a row of A
+//   registers    86      96 to    106 to   131 to  with 4, 8, 16, 32 accumulators
+//                87      102      114      137
 //   in flight    72 KB    64 KB    48 KB    32 KB  of weights a block; 3.35 TB/s * 0.7 us / 132 SMs = 18 KB an SM are needed
 //   barriers   one a step, one a unit
 //   moved      touched experts * n * k * 2 bytes once for every kRows rows of an expert; A from L2
@@ -18,14 +20,12 @@
 #include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
 #include "grouped_gemm_kernels.h"
-#include "grouped_gemm_segments.cuh"
+#include "grouped_gemm_common.cuh"
 
 namespace mixtral::cuda {
 namespace {
 
 using namespace mixtral::sm80;
-
-constexpr int kDepth = 64, kRowBytes = kDepth * 2;
 
 template <int rows, int warps, int stages>
 struct Tile {
@@ -37,9 +37,6 @@ using Tile8 = Tile<8, 4, 10>;
 using Tile16 = Tile<16, 4, 9>;
 using Tile32 = Tile<32, 4, 7>;
 using Tile64 = Tile<64, 4, 5>;
-
-// Of unit `unit` (16 bytes) in row `row` of a stage.
-__device__ inline uint32_t place(int row, int unit) { return (uint32_t)(row * kRowBytes + (unit ^ row % 8) * 16); }
 
 template <class T, bool kSwiglu, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kernel(const __grid_constant__ GroupedGemm g, int column_tiles) {
@@ -150,7 +147,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kerne
         if (j >= groups) break;
         if (j + 1 < kRows / 8 && j + 1 < groups) read(j + 1);
 #pragma unroll
-        for (int step = 0; step < 4; ++step) mma_m16n8k16(sum[j], fw[step], fa[j % 2][step / 2][step % 2 * 2], fa[j % 2][step / 2][step % 2 * 2 + 1], T());
+        for (int step = 0; step < 4; ++step) {
+          const uint32_t(&pair)[4] = fa[j % 2][step / 2];
+          mma_m16n8k16(sum[j], fw[step], pair[step % 2 * 2], pair[step % 2 * 2 + 1], T());
+        }
       }
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
@@ -219,7 +219,8 @@ cudaError_t grouped_gemm_few_rows(const GroupedGemm &g, int tile_rows, int block
   with_kernel(g.dtype, g.swiglu, tile_rows, [&](auto kernel, auto tile) {
     const int64_t out_columns = tile.kWeightRows / (g.swiglu ? 2 : 1), column_tiles = (g.n + out_columns - 1) / out_columns;
     const int64_t units = most_row_tiles(g, tile_rows) * column_tiles;
-    error = launch(kernel, dim3((unsigned)(units < blocks ? units : blocks)), tile.kThreads, tile.kShared, stream, g.early, g, (int)column_tiles);
+    const dim3 grid((unsigned)(units < blocks ? units : blocks));
+    error = launch(kernel, grid, tile.kThreads, tile.kShared, stream, g.early, g, (int)column_tiles);
   });
   return error;
 }

@@ -6,7 +6,8 @@
 //   grid       all tiles there can be for `rows`; a block finds its tile from the offsets and ends at once if there is none
 //   stages     2 of 48 KB, 4 of 24 KB: rows of A through a_rows, and weights, by cp.async, 16 bytes a thread: 96 KB of shared memory.
 //              Rows are 128 bytes, their eight 16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
-//   registers  128 or 64 accumulators, twice 32 or 24 of fragments: those of the next 16 of k are read while these are multiplied
+//   registers  242 and 164 to 168: 128 or 64 accumulators, twice 32 or 24 of fragments: those of the next 16 of k are read while these
+//              are multiplied
 //   barriers   one a stage
 //   order      16 tiles of rows by all columns, rows fastest: 132 blocks at work share 2048 rows of A and as many of weights
 //   moved      tiles * (rows + weight rows) * k * 2 bytes from L2, rows that do not exist left out
@@ -16,14 +17,13 @@
 #include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
 #include "grouped_gemm_kernels.h"
-#include "grouped_gemm_segments.cuh"
+#include "grouped_gemm_common.cuh"
 
 namespace mixtral::cuda {
 namespace {
 
 using namespace mixtral::sm80;
 
-constexpr int kDepth = 64, kRowBytes = kDepth * 2;
 constexpr int kGroup = 16;  // tiles of rows that share a pass over the weights
 
 template <int rows, int columns, int warps_m, int warps_n, int stages, int blocks>
@@ -37,9 +37,6 @@ struct Tile {
 using LargeTile = Tile<128, 256, 2, 4, 2, 1>;
 using SmallTile = Tile<64, 128, 1, 4, 4, 2>;
 
-// Of unit `unit` (16 bytes) in row `row` of a stage.
-__device__ inline uint32_t place(int row, int unit) { return (uint32_t)(row * kRowBytes + (unit ^ row % 8) * 16); }
-
 template <class T, bool kSwiglu, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     grouped_gemm_tiles_kernel(const __grid_constant__ GroupedGemm g, int column_tiles) {
@@ -49,7 +46,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   let_next_kernel_begin();
   const Segment segment = find_segment(g.expert_offsets, g.experts, g.rows, blockIdx.x,
                                        [&](int rows) { return (int64_t)((rows + kRows - 1) / kRows) * column_tiles; });
-  if (segment.expert < 0) return;
+  if (segment.expert < 0) {
+    if (blockIdx.x == 0) wait_for_kernels_before();  // no expert has rows: no other block waits either
+    return;
+  }
 
   // The tile: groups of kGroup tiles of rows, in a group rows fastest.
   const int row_tiles = (segment.rows + kRows - 1) / kRows, unit = (int)segment.unit;
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
     for (int i = 0; i < kCopiesW; ++i) {
       const int column = (kSwiglu ? i / 2 : i) * kPass;
-      cp_async_16(at + (kRows + i * kPass) * kRowBytes, w + column * g.w_stride + k0 + (kSwiglu && i % 2 ? up : 0), column < columns_left && inside);
+      const T *from = w + column * g.w_stride + k0 + (kSwiglu && i % 2 ? up : 0);
+      cp_async_16(at + (kRows + i * kPass) * kRowBytes, from, column < columns_left && inside);
     }
   };
 

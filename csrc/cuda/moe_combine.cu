@@ -14,9 +14,11 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kColumns = kThreads * 8;  // a block's part of a row
 
+// `rows` may still be written when the kernel begins, so they may not be read as constant memory (ld.global.nc, which const
+// __restrict__ allows).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    moe_combine_kernel(const T *__restrict__ rows, int64_t rows_stride, int64_t row_count, int64_t columns,
+    moe_combine_kernel(const T *rows, int64_t rows_stride, int64_t row_count, int64_t columns,
                        const int32_t *__restrict__ slot_rows, int64_t slot_rows_stride, const float *__restrict__ weights,
                        int64_t weights_stride, int top_k, T *__restrict__ out, int64_t out_stride) {
   wait_for_kernels_before();

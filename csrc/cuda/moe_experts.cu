@@ -99,7 +99,7 @@ mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_exp
 
   GroupedGemm down = up;
   down.swiglu = false;
-  down.early = context.overlaps_kernels;
+  down.early = context.overlaps_kernels && intermediate > 0;  // else there is no GEMM 1 between it and what writes the maps
   down.n = hidden;
   down.k = intermediate;
   down.a = up.out;

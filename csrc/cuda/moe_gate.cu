@@ -258,6 +258,7 @@ mixtral_status moe_gate(const mixtral_context &, const mixtral_moe_gate_params &
                         void *stream) {
   const int64_t tokens = p.router_logits.shape[0], top_k = p.top_k;
   const int experts = (int)p.router_logits.shape[1];
+  cudaError_t error = cudaSuccess;
   const auto vector_or_not = [&](auto type, auto vector) {
     using T = decltype(type);
     constexpr bool kVector = decltype(vector)::value;
@@ -265,13 +266,14 @@ mixtral_status moe_gate(const mixtral_context &, const mixtral_moe_gate_params &
                        (float *)p.topk_weights.data, (int32_t *)p.topk_ids.data};
     if (config.launches == 1) {
       if (experts <= 8)
-        route<8>(GateTokens<T, 8, kVector>{gate}, tokens, top_k, experts, config, maps_of(p), stream);
+        error = route<8>(GateTokens<T, 8, kVector>{gate}, tokens, top_k, experts, config, maps_of(p), stream);
       else
-        route<16>(GateTokens<T, 16, kVector>{gate}, tokens, top_k, experts, config, maps_of(p), stream);
+        error = route<16>(GateTokens<T, 16, kVector>{gate}, tokens, top_k, experts, config, maps_of(p), stream);
       return;
     }
     const auto choose = [&](auto kernel) {
-      kernel<<<(unsigned)config.chunks, kChunkThreads, 0, (cudaStream_t)stream>>>(gate, tokens, config.chunk_tokens, (int32_t *)workspace);
+      error = launch(kernel, dim3((unsigned)config.chunks), kChunkThreads, 0, stream, false, gate, tokens, config.chunk_tokens,
+                     (int32_t *)workspace);
     };
     if (experts <= 8)
       choose(chunk_kernel<T, 1, kVector>);
@@ -279,19 +281,19 @@ mixtral_status moe_gate(const mixtral_context &, const mixtral_moe_gate_params &
       choose(chunk_kernel<T, 8, kVector>);
     else
       choose(chunk_kernel<T, 32, kVector>);
-    place(gate.ids, top_k, tokens, top_k, experts, config, (const int32_t *)workspace, maps_of(p), stream);
+    if (error == cudaSuccess) error = place(gate.ids, top_k, tokens, top_k, experts, config, (const int32_t *)workspace, maps_of(p), stream);
   };
-  const auto launch = [&](auto type) {
+  const auto with_type = [&](auto type) {
     if (vector_rows(p.router_logits, sizeof type))
       vector_or_not(type, std::true_type());
     else
       vector_or_not(type, std::false_type());
   };
   if (p.router_logits.dtype == MIXTRAL_DTYPE_F32)
-    launch(float());
+    with_type(float());
   else
-    with_half_type(p.router_logits.dtype, launch);
-  return cuda_status("mixtral_moe_gate", cudaGetLastError());
+    with_half_type(p.router_logits.dtype, with_type);
+  return cuda_status("mixtral_moe_gate", error);
 }
 
 }  // namespace mixtral::cuda

@@ -31,13 +31,14 @@ __global__ void __launch_bounds__(kThreads)
 mixtral_status moe_permute(const mixtral_context &, const mixtral_moe_permute_params &p, void *stream) {
   const int64_t rows = p.rows.shape[0], columns = p.rows.shape[1];
   if (rows == 0 || columns == 0) return MIXTRAL_OK;
+  cudaError_t error = cudaSuccess;
   with_half_type(p.hidden.dtype, [&](auto type) {
     using T = decltype(type);
-    moe_permute_kernel<T><<<row_grid(rows, columns, kColumns), kThreads, 0, (cudaStream_t)stream>>>(
-        (const T *)p.hidden.data, p.hidden.stride[0], p.hidden.shape[0], columns, (const int32_t *)p.sorted_slots.data, p.top_k,
-        (T *)p.rows.data, p.rows.stride[0]);
+    error = launch(moe_permute_kernel<T>, row_grid(rows, columns, kColumns), kThreads, 0, stream, false, (const T *)p.hidden.data,
+                   p.hidden.stride[0], p.hidden.shape[0], columns, (const int32_t *)p.sorted_slots.data, p.top_k, (T *)p.rows.data,
+                   p.rows.stride[0]);
   });
-  return cuda_status("mixtral_moe_permute", cudaGetLastError());
+  return cuda_status("mixtral_moe_permute", error);
 }
 
 }  // namespace mixtral::cuda

@@ -160,10 +160,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <int kExperts, class Source>
-void route(const Source &source, int64_t tokens, int64_t top_k, int64_t experts, const RoutingConfig &config, const Maps &maps,
+cudaError_t route(const Source &source, int64_t tokens, int64_t top_k, int64_t experts, const RoutingConfig &config, const Maps &maps,
            void *stream) {
-  route_kernel<kExperts><<<(unsigned)config.chunks, config.threads, 0, (cudaStream_t)stream>>>(
-      source, (int)tokens, (int)top_k, (int)experts, (int)config.chunk_tokens, maps);
+  return launch(route_kernel<kExperts, Source>, dim3((unsigned)config.chunks), config.threads, 0, stream, false, source, (int)tokens,
+                (int)top_k, (int)experts, (int)config.chunk_tokens, maps);
 }
 
 // ---------------------------------------------------------------------------------------------------- two launches
@@ -270,10 +270,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class Id>
-void place(const Id *ids, int64_t ids_stride, int64_t tokens, int64_t top_k, int64_t experts, const RoutingConfig &config,
+cudaError_t place(const Id *ids, int64_t ids_stride, int64_t tokens, int64_t top_k, int64_t experts, const RoutingConfig &config,
            const int32_t *chunk_counts, const Maps &maps, void *stream) {
-  place_kernel<<<(unsigned)config.chunks, kThreads, 0, (cudaStream_t)stream>>>(
-      ids, ids_stride, (int)(tokens * top_k), (int)top_k, (int)experts, config.chunk_tokens * top_k, chunk_counts, maps);
+  return launch(place_kernel<Id>, dim3((unsigned)config.chunks), kThreads, 0, stream, false, ids, ids_stride, (int)(tokens * top_k),
+                (int)top_k, (int)experts, config.chunk_tokens * top_k, chunk_counts, maps);
 }
 
 }  // namespace

@@ -51,24 +51,25 @@ mixtral_status moe_sort(const mixtral_context &, const mixtral_moe_sort_params &
                         void *stream) {
   const int64_t tokens = p.topk_ids.shape[0], top_k = p.topk_ids.shape[1], stride = p.topk_ids.stride[0];
   const int experts = p.num_experts;
+  cudaError_t error = cudaSuccess;
   const auto sort = [&](const auto *ids) {
     if (config.launches == 1) {
       const SortTokens<std::decay_t<decltype(*ids)>> source{ids, stride, (int)top_k, experts};
       if (experts <= 8)
-        route<8>(source, tokens, top_k, experts, config, maps_of(p), stream);
+        error = route<8>(source, tokens, top_k, experts, config, maps_of(p), stream);
       else
-        route<16>(source, tokens, top_k, experts, config, maps_of(p), stream);
+        error = route<16>(source, tokens, top_k, experts, config, maps_of(p), stream);
       return;
     }
-    count_kernel<<<(unsigned)config.chunks, kThreads, 0, (cudaStream_t)stream>>>(
-        ids, stride, (int)(tokens * top_k), (int)top_k, experts, config.chunk_tokens * top_k, (int32_t *)workspace);
-    place(ids, stride, tokens, top_k, experts, config, (const int32_t *)workspace, maps_of(p), stream);
+    error = launch(count_kernel<std::decay_t<decltype(*ids)>>, dim3((unsigned)config.chunks), kThreads, 0, stream, false, ids, stride,
+                   (int)(tokens * top_k), (int)top_k, experts, config.chunk_tokens * top_k, (int32_t *)workspace);
+    if (error == cudaSuccess) error = place(ids, stride, tokens, top_k, experts, config, (const int32_t *)workspace, maps_of(p), stream);
   };
   if (p.topk_ids.dtype == MIXTRAL_DTYPE_I64)
     sort((const int64_t *)p.topk_ids.data);
   else
     sort((const int32_t *)p.topk_ids.data);
-  return cuda_status("mixtral_moe_sort", cudaGetLastError());
+  return cuda_status("mixtral_moe_sort", error);
 }
 
 }  // namespace mixtral::cuda

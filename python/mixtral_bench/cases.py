@@ -444,6 +444,8 @@ def _gemm_cases(kind):
         kind("gather_divisor_1", segments=(4, 1), gather=1),
         kind("padded", segments=(3, 6), padding=8, gather=2),
         kind("row_tile_edges", segments=(129, 15, 16, 17), inner=32, outer=16),
+        kind("many_rows", segments=(3, 340), inner=32, outer=16),
+        kind("few_rows_at_once", segments=(40, 0, 24, 0), inner=32, outer=16),
         kind("column_tile_edges", segments=(5, 2), inner=32, outer=136),
         kind("long_inner", segments=(3, 2), inner=328, outer=24),
         kind("inner_8", segments=(3, 2), inner=8, outer=8),
@@ -471,6 +473,9 @@ def _experts_cases():
         MoeExpertsCase("k1", tokens=5, top_k=1),
         MoeExpertsCase("k3_padded", tokens=5, top_k=3, padding=8, routing="skips"),
         MoeExpertsCase("row_tile_edges", tokens=67, experts=2, hidden=32, intermediate=16),
+        MoeExpertsCase("many_rows", tokens=170, experts=2, hidden=32, intermediate=16),
+        MoeExpertsCase("few_rows_at_once", tokens=32, hidden=32, intermediate=16),
+        MoeExpertsCase("no_intermediate", tokens=3, intermediate=0),
         MoeExpertsCase("far", tokens=3, far=True),
         MoeExpertsCase("odd_sizes", tokens=5, hidden=37, intermediate=19, padding=1, cpu_only=True),
     ] + [MoeExpertsCase(f"mixtral_t{t}", tokens=t, experts=8, hidden=4096, intermediate=14336, large=True)

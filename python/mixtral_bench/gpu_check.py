@@ -3,6 +3,7 @@ only if mixtral_ext/lib has none. A part that fails or hangs does not stop the n
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -114,7 +115,7 @@ def pytest(log: str, limit: float, *arguments: str):
 def sanitizer(check: Check):
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
-        return [], "skipped: compute-sanitizer was not found"
+        return ["compute-sanitizer was not found: leave the part out of PARTS, or install it"], ""
     failures, summaries = [], []
     for name in TOOLS:
         command = [tool, "--tool", name, "--error-exitcode", "86", "--report-api-errors", "no", "--print-limit", "100",
@@ -142,7 +143,7 @@ def bench(tokens, routings):
     return check
 
 
-def call_ops(device: str = "cuda", seconds: float = 5.0) -> bool:
+def call_ops(device: str = "cuda", seconds: float = 8.0) -> bool:
     """Calls every op on its small cases (as many as take `seconds`), for a sanitizer. Inputs are made on the CPU, so that few of torch's
     own kernels run. -> whether all calls succeeded."""
     import torch
@@ -160,14 +161,14 @@ def call_ops(device: str = "cuda", seconds: float = 5.0) -> bool:
         cases = [c for c in cases if not (c.large or c.far or c.cpu_only)]
         called, start = 0, time.monotonic()
         try:
-            for case in cases:
+            for case, dtype in itertools.product(cases, (torch.bfloat16, torch.float16)):
                 if called and time.monotonic() - start > seconds:
                     break
-                getattr(mixtral_ext, op)(**{name: moved(value) for name, value in case.inputs(torch.bfloat16).items()})
+                getattr(mixtral_ext, op)(**{name: moved(value) for name, value in case.inputs(dtype).items()})
                 if device == "cuda":
                     torch.cuda.synchronize()
                 called += 1
-            print(f"{op}: {called} of {len(cases)} cases")
+            print(f"{op}: {called} of {2 * len(cases)} cases")
         except Exception as error:  # noqa: BLE001
             if "not supported on CUDA yet" in str(error):
                 print(f"{op}: not supported on CUDA yet")

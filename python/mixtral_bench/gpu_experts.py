@@ -325,7 +325,7 @@ def table(results: dict) -> str:
     lines = [
         f"{state}. While measuring: {during or 'not known'}.",
         f"{results['machine']['date']}, commit {results['machine']['commit']}; " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".",
-        "Times in us (medians). x: the peer's time over that of `+ sort`, which sorts as these peers do (dense: over `ours`). copy: share of the "
+        "Times in us (medians) of CUDA graphs; *: of launches one by one, of what waits for the device. x: the peer's time over that of `+ sort`, which sorts as these peers do (dense: over `ours`). copy: share of the "
         "bandwidth of a device copy of the same bytes.",
         "",
         "| T | routing | experts | ours | TB/s | copy | TFLOP/s | + sort | gate | swiglu | down | combine | torch grouped_mm | "
@@ -342,6 +342,8 @@ def table(results: dict) -> str:
             for name in names:
                 if name in row["times"].get(base, {}):
                     us[name] += f" ({row['times'][base][name]:.2f}x)"
+                if row["candidates"][name].get("method") == "events":
+                    us[name] += "*"
         ours = row["candidates"]["ours"]
         rate = [f"{ours['tb_s']:.2f}", f"{row['copy_share']['ours']:.0%}" if row["copy_share"] else "-", f"{ours['tflop_s']:.3g}"] \
             if "us" in ours else ["-"] * 3

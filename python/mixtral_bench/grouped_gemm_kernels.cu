@@ -122,10 +122,36 @@ int main(int argc, char **argv) {
       offsets.push_back((int)slots.size());
     }
     int *device_slots = device_array(slots), *device_offsets = device_array(offsets);
-    GroupedGemm up = {MIXTRAL_DTYPE_BF16, true, false, kExperts, (int)slots.size(), kIntermediate, kHidden, hidden, device_slots, kTopK, T,
-                      gate_up, device_offsets, activated, kHidden, 2 * kIntermediate * kHidden, kHidden, kIntermediate};
-    GroupedGemm second = {MIXTRAL_DTYPE_BF16, false, false, kExperts, (int)slots.size(), kHidden, kIntermediate, activated, nullptr, 1,
-                          (int)slots.size(), down, device_offsets, rows, kIntermediate, kHidden * kIntermediate, kIntermediate, kHidden};
+    GroupedGemm up = {};
+    up.dtype = MIXTRAL_DTYPE_BF16;
+    up.swiglu = true;
+    up.experts = kExperts;
+    up.rows = (int)slots.size();
+    up.n = kIntermediate;
+    up.k = kHidden;
+    up.a = hidden;
+    up.a_rows = device_slots;
+    up.a_rows_divisor = kTopK;
+    up.a_count = T;
+    up.w = gate_up;
+    up.expert_offsets = device_offsets;
+    up.out = activated;
+    up.a_stride = up.w_stride = kHidden;
+    up.w_expert_stride = 2 * kIntermediate * kHidden;
+    up.out_stride = kIntermediate;
+    GroupedGemm second = up;
+    second.swiglu = false;
+    second.n = kHidden;
+    second.k = kIntermediate;
+    second.a = activated;
+    second.a_rows = nullptr;
+    second.a_rows_divisor = 1;
+    second.a_count = up.rows;
+    second.w = down;
+    second.out = rows;
+    second.a_stride = second.w_stride = kIntermediate;
+    second.w_expert_stride = kIntermediate * kHidden;
+    second.out_stride = kHidden;
 
     std::vector<Choice> choices = {{"tiles 64 x 128", 64, 0}, {"tiles 128 x 256", 128, 0}};
     for (const int tile_rows : {8, 16, 32, 64})

@@ -25,9 +25,11 @@ void with_half_type(int32_t dtype, const Body &body) {
     body(__half());
 }
 
-// Launches a kernel; `early`: it begins while the one before it in the stream ends, and waits for that one itself.
+// Launches a kernel and gives this launch's own status, not that of an earlier call. `early`: it begins while the one before it in the
+// stream ends, and waits for that one itself.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, void *stream, bool early, const Args &...args) {
+  static_assert(sizeof...(Params) == sizeof...(Args));
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -38,7 +40,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared
   config.stream = (cudaStream_t)stream;
   config.attrs = &attribute;
   config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
 // Blocks for rows whose columns they share, block_columns each: [rows, blocks of a row], at most as many of a row as a grid

@@ -1,8 +1,12 @@
-// How blocks find their work on the device: the segment of rows that a unit of work belongs to.
+// What the kernels of a grouped product share: how blocks find their work on the device, rows of A, a stage in shared memory.
 #pragma once
 #include <cstdint>
 
 namespace mixtral::cuda {
+
+// A stage has 64 of k of some rows, 128 bytes each. Unit `unit` (16 bytes) of row `row`:
+constexpr int kDepth = 64, kRowBytes = kDepth * 2;
+__device__ inline uint32_t place(int row, int unit) { return (uint32_t)(row * kRowBytes + (unit ^ row % 8) * 16); }
 
 struct Segment {
   int expert;    // -1: there are fewer units
