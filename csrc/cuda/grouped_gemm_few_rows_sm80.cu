@@ -19,8 +19,8 @@
 #include "common/overlap.cuh"
 #include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
-#include "grouped_gemm_kernels.h"
 #include "grouped_gemm_common.cuh"
+#include "grouped_gemm_kernels.h"
 
 namespace mixtral::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // Grouped product for many rows an expert: tiles on mma.sync, weights as they lie in memory.
 //
-//   tile       kLarge: 128 rows x 256 weight rows x 64, 8 warps of 64 x 64, one block an SM; kSmall: 64 x 128 x 64, 4 warps of 64 x 32,
-//              two blocks an SM where they fit. With SwiGLU half of the weight rows are gate and half the same of up, so both of a
+//   tile       LargeTile: 128 rows x 256 weight rows x 64, 8 warps of 64 x 64, one block an SM; SmallTile: 64 x 128 x 64, 4 warps of
+//              64 x 32, two blocks an SM where they fit. With SwiGLU half of the weight rows are gate and half the same of up, so both of a
 //              column are in one thread
 //   grid       all tiles there can be for `rows`; a block finds its tile from the offsets and ends at once if there is none
 //   stages     2 of 48 KB, 4 of 24 KB: rows of A through a_rows, and weights, by cp.async, 16 bytes a thread: 96 KB of shared memory.
@@ -16,8 +16,8 @@
 #include "common/overlap.cuh"
 #include "common/ptx_sm80.cuh"
 #include "common/vector8.cuh"
-#include "grouped_gemm_kernels.h"
 #include "grouped_gemm_common.cuh"
+#include "grouped_gemm_kernels.h"
 
 namespace mixtral::cuda {
 namespace {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         if (tile + kStages - 1 < depth_tiles) load(load_stage, (int64_t)(tile + kStages - 1) * kDepth);
         cp_async_commit();
       }
-      if (busy) {
+      if (busy) {  // the branch also keeps ptxas from spreading the copies among the products, a tenth slower on an H100
 #pragma unroll
         for (int i = 0; i < kFragmentsA; ++i)
 #pragma unroll
@@ -198,6 +198,7 @@ cudaError_t grouped_gemm_tiles(const GroupedGemm &g, int tile_rows, cudaStream_t
   cudaError_t error = cudaSuccess;
   with_kernel(g.dtype, g.swiglu, tile_rows, [&](auto kernel, auto tile) {
     const int64_t out_columns = g.swiglu ? tile.kColumns / 2 : tile.kColumns, column_tiles = (g.n + out_columns - 1) / out_columns;
+    // Fewer than 2^31: all tiles but an expert's last are full, 4096 elements of out or more, so that 2^31 would be 16 TiB.
     const dim3 grid((unsigned)(most_row_tiles(g, tile.kRows) * column_tiles));
     error = launch(kernel, grid, tile.kThreads, tile.kShared, stream, g.early, g, (int)column_tiles);
   });

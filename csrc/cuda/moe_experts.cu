@@ -1,7 +1,7 @@
 // The expert layer: sort (if the maps are not given), GEMM 1 with SwiGLU, GEMM 2, combine; 3 launches with maps, one or two more without.
 //
-//   workspace  SwiGLU output [S, I] and rows of the second product [S, H] (rows padded to 16 bytes), and without maps the three of
-//              them and what the sort needs; each part begins on 64 bytes
+//   workspace  SwiGLU output [S, I] and rows of the second product [S, H], and without maps the three of them and what the sort needs;
+//              each part begins on 64 bytes
 //   overlap    on Hopper GEMM 2 and the combine are launched early: the first weights are under way when GEMM 1 ends
 //   moved      touched experts' weights; hidden gathered by GEMM 1, 2 * S * I and 2 * S * H through memory
 #include "common/launch.h"
@@ -16,17 +16,15 @@ struct Layout {
 
 size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
-int64_t padded_columns(int64_t columns) { return (columns + 7) & ~(int64_t)7; }
-
-// [rows, columns], or [rows] with columns 0, in the workspace; row stride `stride`.
-mixtral_tensor in_workspace(void *data, int32_t dtype, int64_t rows, int64_t columns, int64_t stride) {
+// [rows, columns], or [rows] with columns 0, in the workspace.
+mixtral_tensor in_workspace(void *data, int32_t dtype, int64_t rows, int64_t columns) {
   mixtral_tensor t = {};
   t.data = data;
   t.dtype = dtype;
   t.ndim = columns ? 2 : 1;
   t.shape[0] = rows;
   t.shape[1] = columns;
-  t.stride[0] = stride;
+  t.stride[0] = columns ? columns : 1;
   t.stride[1] = 1;
   return t;
 }
@@ -35,8 +33,8 @@ Layout layout(const mixtral_moe_experts_params &p, const MoeExpertsConfig &confi
   const int64_t slots = p.topk_ids.shape[0] * p.topk_ids.shape[1], experts = p.w_gate_up.shape[0];
   const bool sorts = !p.expert_offsets.ndim;
   Layout at = {};
-  at.rows = at.activated + aligned((size_t)(slots * padded_columns(p.w_down.shape[2])) * 2);
-  at.expert_offsets = at.rows + aligned((size_t)(slots * padded_columns(p.hidden.shape[1])) * 2);
+  at.rows = at.activated + aligned((size_t)(slots * p.w_down.shape[2]) * 2);
+  at.expert_offsets = at.rows + aligned((size_t)(slots * p.hidden.shape[1]) * 2);
   at.sorted_slots = at.expert_offsets + (sorts ? aligned((size_t)(experts + 1) * 4) : 0);
   at.slot_rows = at.sorted_slots + (sorts ? aligned((size_t)slots * 4) : 0);
   at.sort = at.slot_rows + (sorts ? aligned((size_t)slots * 4) : 0);
@@ -51,9 +49,9 @@ mixtral_moe_sort_params own_maps(const mixtral_moe_experts_params &p, const Layo
   maps.struct_size = sizeof maps;
   maps.topk_ids = p.topk_ids;
   maps.num_experts = (int32_t)experts;
-  maps.expert_offsets = in_workspace(base + at.expert_offsets, MIXTRAL_DTYPE_I32, experts + 1, 0, 1);
-  maps.sorted_slots = in_workspace(base + at.sorted_slots, MIXTRAL_DTYPE_I32, tokens * top_k, 0, 1);
-  maps.slot_rows = in_workspace(base + at.slot_rows, MIXTRAL_DTYPE_I32, tokens, top_k, top_k);
+  maps.expert_offsets = in_workspace(base + at.expert_offsets, MIXTRAL_DTYPE_I32, experts + 1, 0);
+  maps.sorted_slots = in_workspace(base + at.sorted_slots, MIXTRAL_DTYPE_I32, tokens * top_k, 0);
+  maps.slot_rows = in_workspace(base + at.slot_rows, MIXTRAL_DTYPE_I32, tokens, top_k);
   return maps;
 }
 
@@ -95,7 +93,7 @@ mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_exp
   up.a_stride = p.hidden.stride[0];
   up.w_expert_stride = p.w_gate_up.stride[0];
   up.w_stride = p.w_gate_up.stride[1];
-  up.out_stride = padded_columns(intermediate);
+  up.out_stride = intermediate;
 
   GroupedGemm down = up;
   down.swiglu = false;
@@ -111,10 +109,10 @@ mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_exp
   down.a_stride = up.out_stride;
   down.w_expert_stride = p.w_down.stride[0];
   down.w_stride = p.w_down.stride[1];
-  down.out_stride = padded_columns(hidden);
+  down.out_stride = hidden;
 
   mixtral_moe_combine_params combine = {};
-  combine.rows = in_workspace(down.out, p.hidden.dtype, slots, hidden, down.out_stride);
+  combine.rows = in_workspace(down.out, p.hidden.dtype, slots, hidden);
   combine.slot_rows = slot_rows;
   combine.topk_weights = p.topk_weights;
   combine.out = p.out;
