@@ -2,7 +2,7 @@
 
 namespace mixtral::api {
 
-// us of both products at the Mixtral layer (8 experts of 4096 x 14336, bf16, natural routing) on an H100 at 84ae3e4, from
+// us of both products at the Mixtral layer (8 experts of 4096 x 14336, bf16, natural routing) on an H100 at 435ae3c, from
 // python/mixtral_bench/grouped_gemm_kernels.cu: python/mixtral_bench/results/2026-11-26-h100-grouped-gemm-kernels.json.
 //
 //   rows                       kernel               why
