@@ -1,5 +1,6 @@
 """What make gpu-check does, without a GPU: the bench of the expert layer on tiny shapes of the CPU, its table, and how parts are run."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -207,9 +208,11 @@ def test_without_a_gpu(tmp_path):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_passes_its_variables_on():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # that of `make test` itself
+
     def printed(*variables):
-        return " ".join(subprocess.run(["make", "-n", "gpu-check", *variables], cwd=ROOT, capture_output=True, text=True, check=True)
-                        .stdout.replace("\\\n", " ").split())
+        done = subprocess.run(["make", "-n", "gpu-check", *variables], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return " ".join(done.stdout.replace("\\\n", " ").split())
 
     assert printed().endswith("-m mixtral_bench.gpu_check --out build/gpu-check")
     line = printed("PARTS=tests bench", "OUT=/some/where", "TOKENS=1 16", "ROUTINGS=natural")
@@ -220,4 +223,5 @@ def test_the_program_behind_the_choice_of_kernels_compiles(tmp_path):
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc on PATH")
     source = ROOT / "python/mixtral_bench/grouped_gemm_kernels.cu"
-    subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-I", ROOT / "csrc", "-c", "-o", tmp_path / "x.o", source], check=True)
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-I", ROOT / "csrc", "-c", "-o", tmp_path / "x.o", source]
+    subprocess.run(command, check=True)

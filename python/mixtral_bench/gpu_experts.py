@@ -325,8 +325,8 @@ def table(results: dict) -> str:
     lines = [
         f"{state}. While measuring: {during or 'not known'}.",
         f"{results['machine']['date']}, commit {results['machine']['commit']}; " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".",
-        "Times in us (medians) of CUDA graphs; *: of launches one by one, of what waits for the device. x: the peer's time over that of `+ sort`, which sorts as these peers do (dense: over `ours`). copy: share of the "
-        "bandwidth of a device copy of the same bytes.",
+        "Times in us (medians) of CUDA graphs; *: of launches one by one, of what waits for the device. x: the peer's time over that of "
+        "`+ sort`, which sorts as these peers do (dense: over `ours`). copy: share of the bandwidth of a device copy of the same bytes.",
         "",
         "| T | routing | experts | ours | TB/s | copy | TFLOP/s | + sort | gate | swiglu | down | combine | torch grouped_mm | "
         "transformers grouped_mm | transformers eager | dense |",

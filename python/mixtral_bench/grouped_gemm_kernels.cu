@@ -156,7 +156,9 @@ int main(int argc, char **argv) {
     std::vector<Choice> choices = {{"tiles 64 x 128", 64, 0}, {"tiles 128 x 256", 128, 0}};
     for (const int tile_rows : {8, 16, 32, 64})
       for (const int blocks : {1, 2})
-        if (T <= 256) choices.push_back({"few " + std::to_string(tile_rows) + ", " + std::to_string(blocks) + " an SM", tile_rows, blocks * device.multiProcessorCount});
+        if (T <= 256)
+          choices.push_back({"few " + std::to_string(tile_rows) + ", " + std::to_string(blocks) + " an SM", tile_rows,
+                             blocks * device.multiProcessorCount});
     printf("%s\n \"%d\": {", separator, T);
     separator = "";
     for (const GroupedGemm &g : {up, second}) {

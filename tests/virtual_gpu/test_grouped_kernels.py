@@ -176,8 +176,8 @@ TABLE = [  # rows, experts, divisor -> kernel: both sides of every threshold of 
     (1, 8, 1, (FEW, 8)), (8, 8, 1, (FEW, 8)), (9, 8, 1, (FEW, 16)), (16, 8, 1, (FEW, 16)), (17, 8, 1, (FEW, 32)), (32, 8, 1, (FEW, 32)),
     (33, 8, 1, (FEW, 64)), (16, 8, 2, (FEW, 8)), (17, 8, 2, (FEW, 16)), (64, 8, 8, (FEW, 8)), (64, 1, 1, (FEW, 64)), (65, 1, 1, (TILES, 64)),
     (64, 4, 1, (FEW, 64)), (65, 4, 1, (TILES, 64)), (80, 5, 1, (FEW, 64)), (81, 5, 1, (TILES, 64)), (128, 8, 8, (FEW, 16)),
-    (129, 8, 8, (TILES, 64)), (192, 1, 1, (TILES, 64)), (193, 1, 1, (TILES, 128)), (768, 4, 1, (TILES, 64)),
-    (769, 4, 1, (TILES, 128)), (769, 4, 2, (TILES, 128))]
+    (129, 8, 8, (TILES, 64)), (160, 1, 1, (TILES, 64)), (161, 1, 1, (TILES, 128)), (640, 4, 1, (TILES, 64)),
+    (641, 4, 1, (TILES, 128)), (641, 4, 2, (TILES, 128))]
 
 
 def blocks_of(kernel, rows, experts, columns, tile_columns):
