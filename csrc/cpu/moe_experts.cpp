@@ -4,6 +4,7 @@
 //              and the three maps when the call sorts. Every part begins on 64 bytes.
 //   moved      the weights of the touched experts once, S*H in and 2*S*H out, 2*S*I through the cache
 #include "../core/error.h"
+#include "../core/workspace.h"
 #include "grouped_gemm.h"
 #include "ops.h"
 
@@ -13,8 +14,6 @@ namespace {
 struct Layout {
   size_t packed, activated, rows, expert_offsets, sorted_slots, slot_rows, total;  // byte offsets
 };
-
-size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 Layout layout(const mixtral_context &context, const mixtral_moe_experts_params &p) {
   const int64_t slots = p.topk_ids.shape[0] * p.topk_ids.shape[1], pass = slots < kGemmRows ? slots : kGemmRows;
@@ -32,19 +31,6 @@ Layout layout(const mixtral_context &context, const mixtral_moe_experts_params &
   at.slot_rows = at.sorted_slots + (sorts ? aligned((size_t)slots * 4) : 0);
   at.total = at.slot_rows + (sorts ? aligned((size_t)slots * 4) : 0);
   return at;
-}
-
-// [rows, columns], or [rows] with columns 0, in the workspace.
-mixtral_tensor contiguous(void *data, int32_t dtype, int64_t rows, int64_t columns) {
-  mixtral_tensor t = {};
-  t.data = data;
-  t.dtype = dtype;
-  t.ndim = columns ? 2 : 1;
-  t.shape[0] = rows;
-  t.shape[1] = columns;
-  t.stride[0] = columns ? columns : 1;
-  t.stride[1] = 1;
-  return t;
 }
 
 // A given map is within range: what moe_sort makes always is.

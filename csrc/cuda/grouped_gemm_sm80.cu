@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         if (tile + kStages - 1 < depth_tiles) load(load_stage, (int64_t)(tile + kStages - 1) * kDepth);
         cp_async_commit();
       }
-      if (busy) {  // the branch also keeps ptxas from spreading the copies among the products, a tenth slower on an H100
+      if (busy) {  // the branch also keeps ptxas from spreading the copies among the products
 #pragma unroll
         for (int i = 0; i < kFragmentsA; ++i)
 #pragma unroll

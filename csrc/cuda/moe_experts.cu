@@ -4,7 +4,7 @@
 //              each part begins on 64 bytes
 //   overlap    on Hopper GEMM 2 and the combine are launched early: the first weights are under way when GEMM 1 ends
 //   moved      touched experts' weights; hidden gathered by GEMM 1, 2 * S * I and 2 * S * H through memory
-#include "common/launch.h"
+#include "../core/workspace.h"
 #include "ops.h"
 
 namespace mixtral::cuda {
@@ -13,21 +13,6 @@ namespace {
 struct Layout {
   size_t activated, rows, expert_offsets, sorted_slots, slot_rows, sort, total;  // byte offsets
 };
-
-size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
-
-// [rows, columns], or [rows] with columns 0, in the workspace.
-mixtral_tensor in_workspace(void *data, int32_t dtype, int64_t rows, int64_t columns) {
-  mixtral_tensor t = {};
-  t.data = data;
-  t.dtype = dtype;
-  t.ndim = columns ? 2 : 1;
-  t.shape[0] = rows;
-  t.shape[1] = columns;
-  t.stride[0] = columns ? columns : 1;
-  t.stride[1] = 1;
-  return t;
-}
 
 Layout layout(const mixtral_moe_experts_params &p, const MoeExpertsConfig &config) {
   const int64_t slots = p.topk_ids.shape[0] * p.topk_ids.shape[1], experts = p.w_gate_up.shape[0];
@@ -49,9 +34,9 @@ mixtral_moe_sort_params own_maps(const mixtral_moe_experts_params &p, const Layo
   maps.struct_size = sizeof maps;
   maps.topk_ids = p.topk_ids;
   maps.num_experts = (int32_t)experts;
-  maps.expert_offsets = in_workspace(base + at.expert_offsets, MIXTRAL_DTYPE_I32, experts + 1, 0);
-  maps.sorted_slots = in_workspace(base + at.sorted_slots, MIXTRAL_DTYPE_I32, tokens * top_k, 0);
-  maps.slot_rows = in_workspace(base + at.slot_rows, MIXTRAL_DTYPE_I32, tokens, top_k);
+  maps.expert_offsets = contiguous(base + at.expert_offsets, MIXTRAL_DTYPE_I32, experts + 1, 0);
+  maps.sorted_slots = contiguous(base + at.sorted_slots, MIXTRAL_DTYPE_I32, tokens * top_k, 0);
+  maps.slot_rows = contiguous(base + at.slot_rows, MIXTRAL_DTYPE_I32, tokens, top_k);
   return maps;
 }
 
@@ -112,7 +97,7 @@ mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_exp
   down.out_stride = hidden;
 
   mixtral_moe_combine_params combine = {};
-  combine.rows = in_workspace(down.out, p.hidden.dtype, slots, hidden);
+  combine.rows = contiguous(down.out, p.hidden.dtype, slots, hidden);
   combine.slot_rows = slot_rows;
   combine.topk_weights = p.topk_weights;
   combine.out = p.out;
