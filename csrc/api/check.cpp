@@ -124,10 +124,6 @@ void Check::cuda_multiple_of_8(const char *name, int64_t value) {
     set(MIXTRAL_ERROR_INVALID_ARGUMENT, "%s: expected a multiple of 8 on CUDA, got %lld", name, (long long)value);
 }
 
-void Check::cpu_only() {
-  if (ok() && context_->device_type == MIXTRAL_DEVICE_CUDA) set(MIXTRAL_ERROR_NOT_SUPPORTED, "not supported on CUDA yet");
-}
-
 void Check::same_dtype(const char *name, const mixtral_tensor &t, const char *other_name, const mixtral_tensor &other) {
   require(t.dtype == other.dtype, "%s: expected dtype %s (as %s), got %s", name, dtype_name(other.dtype), other_name,
           dtype_name(t.dtype));

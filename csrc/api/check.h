@@ -40,8 +40,6 @@ class Check {
   __attribute__((format(printf, 3, 4))) void require(bool condition, const char *format, ...);
   // A size that CUDA kernels go through 16 bytes at a time; any on the CPU.
   void cuda_multiple_of_8(const char *name, int64_t value);
-  // The op has no CUDA kernel yet.
-  void cpu_only();
 
  private:
   __attribute__((format(printf, 3, 4))) void set(mixtral_status status, const char *format, ...);

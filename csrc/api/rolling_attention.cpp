@@ -1,4 +1,6 @@
 #include "../cpu/ops.h"
+#include "../cuda/ops.h"
+#include "attention_config.h"
 #include "check.h"
 
 namespace mixtral::api {
@@ -49,6 +51,12 @@ mixtral_status check(const mixtral_context *context, const mixtral_rolling_atten
   c.range("max_seqlen_q", p.max_seqlen_q, 0, INT32_MAX);
   c.range("max_cache_length", p.max_cache_length, -1, INT32_MAX);
   c.range("window", p.window, 0, capacity);
+  const bool cuda = context->device_type == MIXTRAL_DEVICE_CUDA;  // where only the declared maxima can be checked
+  if (p.window == 0 || !append)
+    c.require(!cuda || p.max_seqlen_q > 0 || tokens == 0, "max_seqlen_q: expected a value of 1 or more on CUDA %s, got 0",
+              append ? "without a window" : "without k and v");
+  if (p.window == 0)
+    c.require(!cuda || p.max_cache_length >= 0, "max_cache_length: expected a value of 0 or more on CUDA without a window, got -1");
   if (!append && p.window > 0 && p.max_seqlen_q > 0)
     c.require(p.window + p.max_seqlen_q - 1 <= capacity,
               "window: expected window + max_seqlen_q - 1 <= %lld (capacity) without k and v, got %lld + %lld - 1",
@@ -64,19 +72,49 @@ mixtral_status check(const mixtral_context *context, const mixtral_rolling_atten
   c.tensor("out", p.out, {tokens, heads, head_dim}, kFloats, kOutput);
   c.same_dtype("out", p.out, "q", p.q);
   if (present(p.lse)) c.tensor("lse", p.lse, {heads, tokens}, kF32, kContiguous);
-  c.cpu_only();
   return c.status();
 }
 
+namespace {
+
+cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_rolling_attention_params &p) {
+  const int64_t capacity = p.k_cache.shape[1];
+  const int64_t cached = p.max_cache_length >= 0 && p.max_cache_length < capacity ? p.max_cache_length : capacity;
+  AttentionShape s = {};
+  s.sequences = p.cu_seqlens_q.shape[0] - 1;
+  s.queries = p.q.shape[0];
+  s.longest_queries = p.max_seqlen_q ? p.max_seqlen_q : p.q.shape[0];
+  s.longest_keys = cached + s.longest_queries;
+  s.window = p.window;
+  s.group = p.q.shape[1] / p.k_cache.shape[2];
+  s.key_heads = p.k_cache.shape[2];
+  s.head_dim = p.q.shape[2];
+  return attention_config(s, context.sm_count);
+}
+
+size_t bytes(const mixtral_context &context, const mixtral_rolling_attention_params &p) {
+#ifdef MIXTRAL_EXT_WITH_CUDA
+  if (context.device_type == MIXTRAL_DEVICE_CUDA) return cuda::rolling_attention_workspace_size(context, p, config_of(context, p));
+#endif
+  return cpu::rolling_attention_workspace_size(context, p);
+}
+
+}  // namespace
 }  // namespace mixtral::api
 
 extern "C" size_t mixtral_rolling_attention_workspace_size(const mixtral_context *context, const mixtral_rolling_attention_params *params) {
   if (mixtral::api::check(context, params) != MIXTRAL_OK) return 0;
-  return mixtral::api::padded(mixtral::cpu::rolling_attention_workspace_size(*context, *params));
+  return mixtral::api::padded(mixtral::api::bytes(*context, *params));
 }
 
 extern "C" mixtral_status mixtral_rolling_attention(const mixtral_context *context, const mixtral_rolling_attention_params *params,
     void *workspace, size_t workspace_bytes, void *stream) {
-  return mixtral::api::run_with_workspace("mixtral_rolling_attention", context, params, workspace, workspace_bytes, stream,
-                                          mixtral::cpu::rolling_attention_workspace_size, mixtral::cpu::rolling_attention);
+  using namespace mixtral;
+  return api::run_with_workspace("mixtral_rolling_attention", context, params, workspace, workspace_bytes, stream, api::bytes,
+                                 [&](const mixtral_context &c, const mixtral_rolling_attention_params &p, void *aligned) {
+#ifdef MIXTRAL_EXT_WITH_CUDA
+    if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::rolling_attention(c, p, api::config_of(c, p), aligned, stream);
+#endif
+    return cpu::rolling_attention(c, p, aligned);
+  });
 }

@@ -1,4 +1,6 @@
 #include "../cpu/ops.h"
+#include "../cuda/ops.h"
+#include "attention_config.h"
 #include "check.h"
 
 namespace mixtral::api {
@@ -63,19 +65,51 @@ mixtral_status check(const mixtral_context *context, const mixtral_sliding_windo
     if (present(p.lse)) c.tensor("lse", p.lse, {p.q.shape[0], query[1], query[0]}, kF32, kContiguous);
   }
   c.same_dtype("out", p.out, "q", p.q);
-  c.cpu_only();
   return c.status();
 }
 
+namespace {
+
+cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_sliding_window_attention_params &p) {
+  const bool batched = p.q.ndim == 4, bounds = p.cu_seqlens_q.ndim;
+  const int64_t *q = p.q.shape + batched, *k = p.k.shape + batched;  // tokens, heads, D
+  AttentionShape s = {};
+  s.sequences = batched ? p.q.shape[0] : bounds ? p.cu_seqlens_q.shape[0] - 1 : 1;
+  s.queries = batched ? s.sequences * q[0] : q[0];
+  s.longest_queries = bounds && p.max_seqlen_q ? p.max_seqlen_q : q[0];
+  s.equal_queries = !bounds;
+  s.longest_keys = bounds && p.max_seqlen_k && p.max_seqlen_k < k[0] ? p.max_seqlen_k : k[0];
+  s.packed_keys = bounds ? k[0] : 0;
+  s.window = p.window;
+  s.group = q[1] / k[1];
+  s.key_heads = k[1];
+  s.head_dim = q[2];
+  return attention_config(s, context.sm_count);
+}
+
+size_t bytes(const mixtral_context &context, const mixtral_sliding_window_attention_params &p) {
+#ifdef MIXTRAL_EXT_WITH_CUDA
+  if (context.device_type == MIXTRAL_DEVICE_CUDA) return cuda::sliding_window_attention_workspace_size(context, p, config_of(context, p));
+#endif
+  return cpu::sliding_window_attention_workspace_size(context, p);
+}
+
+}  // namespace
 }  // namespace mixtral::api
 
 extern "C" size_t mixtral_sliding_window_attention_workspace_size(const mixtral_context *context, const mixtral_sliding_window_attention_params *params) {
   if (mixtral::api::check(context, params) != MIXTRAL_OK) return 0;
-  return mixtral::api::padded(mixtral::cpu::sliding_window_attention_workspace_size(*context, *params));
+  return mixtral::api::padded(mixtral::api::bytes(*context, *params));
 }
 
 extern "C" mixtral_status mixtral_sliding_window_attention(const mixtral_context *context, const mixtral_sliding_window_attention_params *params,
     void *workspace, size_t workspace_bytes, void *stream) {
-  return mixtral::api::run_with_workspace("mixtral_sliding_window_attention", context, params, workspace, workspace_bytes, stream,
-                                          mixtral::cpu::sliding_window_attention_workspace_size, mixtral::cpu::sliding_window_attention);
+  using namespace mixtral;
+  return api::run_with_workspace("mixtral_sliding_window_attention", context, params, workspace, workspace_bytes, stream, api::bytes,
+                                 [&](const mixtral_context &c, const mixtral_sliding_window_attention_params &p, void *aligned) {
+#ifdef MIXTRAL_EXT_WITH_CUDA
+    if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::sliding_window_attention(c, p, api::config_of(c, p), aligned, stream);
+#endif
+    return cpu::sliding_window_attention(c, p, aligned);
+  });
 }

@@ -4,73 +4,30 @@
 //   shared    2 * D/2 floats (512 bytes at D = 128), one barrier
 //   bytes     2 * T * (Hq + Hk) * D * 2 (T = 4096, Hq = 32, Hk = 8, D = 128: 84 MB, 25 us at 3.35 TB/s)
 //   32 bytes of stack for the exact range reduction of sinf and cosf at large angles
-//   a thread turns 8 pairs (half-split: two 16-byte vectors D/2 apart) or 4 pairs (interleaved: one vector)
-#include "../core/rope.h"
 #include "common/launch.h"
-#include "common/vector8.cuh"
+#include "common/rope.cuh"
 #include "ops.h"
 
 namespace mixtral::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMaxPairs = 64;  // D/2
-
-struct Frequencies {
-  float x[kMaxPairs];  // rope_frequency() of every pair, from the host
-};
-
-template <bool kInterleaved, class T>
-__device__ void rotate_heads(T *x, int64_t head_stride, int64_t heads, int pairs, const float *cosine, const float *sine) {
-  if (kInterleaved) {
-    const int vectors = pairs / 4;
-    for (int64_t i = threadIdx.x; i < heads * vectors; i += kThreads) {
-      const int first = (int)(i % vectors) * 4;  // pair
-      T *p = x + i / vectors * head_stride + first * 2;
-      Vector8<T> v = load8(p, 8);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float a = to_float(v.x[2 * j]), b = to_float(v.x[2 * j + 1]), c = cosine[first + j], s = sine[first + j];
-        from_float(a * c - b * s, v.x[2 * j]);
-        from_float(a * s + b * c, v.x[2 * j + 1]);
-      }
-      store8(p, v, 8);
-    }
-  } else {
-    const int vectors = pairs / 8;
-    for (int64_t i = threadIdx.x; i < heads * vectors; i += kThreads) {
-      const int first = (int)(i % vectors) * 8;  // pair
-      T *p = x + i / vectors * head_stride + first;
-      Vector8<T> low = load8(p, 8), high = load8(p + pairs, 8);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float a = to_float(low.x[j]), b = to_float(high.x[j]), c = cosine[first + j], s = sine[first + j];
-        from_float(a * c - b * s, low.x[j]);
-        from_float(a * s + b * c, high.x[j]);
-      }
-      store8(p, low, 8);
-      store8(p + pairs, high, 8);
-    }
-  }
-}
 
 template <class T, class Position, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads)
     apply_rope_kernel(T *q, int64_t q_token_stride, int64_t q_head_stride, int64_t q_heads, T *k, int64_t k_token_stride,
                       int64_t k_head_stride, int64_t k_heads, const Position *__restrict__ positions, int pairs,
                       const __grid_constant__ Frequencies frequencies) {
-  __shared__ float cosine[kMaxPairs], sine[kMaxPairs];
+  __shared__ Rotation rotation;
   const int64_t token = blockIdx.x;
   const Position position = positions[token];
   if (position < 0 || position > (Position)INT32_MAX) return;  // the whole block: the token stays as it is
-  if (threadIdx.x < pairs) {
-    const float angle = (float)position * frequencies.x[threadIdx.x];
-    cosine[threadIdx.x] = cosf(angle);
-    sine[threadIdx.x] = sinf(angle);
-  }
+  rotation.set(frequencies, (float)position, pairs);
   __syncthreads();
-  rotate_heads<kInterleaved>(q + token * q_token_stride, q_head_stride, q_heads, pairs, cosine, sine);
-  rotate_heads<kInterleaved>(k + token * k_token_stride, k_head_stride, k_heads, pairs, cosine, sine);
+  q += token * q_token_stride;
+  k += token * k_token_stride;
+  rotate_heads<kInterleaved>(q, q_head_stride, q, q_head_stride, q_heads, pairs, rotation);
+  rotate_heads<kInterleaved>(k, k_head_stride, k, k_head_stride, k_heads, pairs, rotation);
 }
 
 }  // namespace
@@ -79,8 +36,7 @@ mixtral_status apply_rope(const mixtral_context &, const mixtral_apply_rope_para
   const int64_t tokens = p.q.shape[0], pairs = p.q.shape[2] / 2;
   const int64_t q_heads = p.q.shape[1], k_heads = p.k.ndim ? p.k.shape[1] : 0;
   if (tokens == 0 || q_heads + k_heads == 0) return MIXTRAL_OK;
-  Frequencies frequencies;
-  for (int i = 0; i < pairs; ++i) frequencies.x[i] = rope_frequency(p.theta, i, 2 * pairs);
+  const Frequencies frequencies = rope_frequencies(p.theta, (int)pairs);
 
   cudaError_t error = cudaSuccess;
   with_half_type(p.q.dtype, [&](auto type) {

@@ -1,3 +1,4 @@
+#include "attention_kernels.h"
 #include "common/launch.h"
 #include "grouped_gemm_kernels.h"
 #include "ops.h"
@@ -39,6 +40,8 @@ mixtral_status context_init(mixtral_context &context) {
   if (error != cudaSuccess) return cuda_status(kOp, error);
   error = grouped_gemm_tiles_init();
   if (error == cudaSuccess) error = grouped_gemm_few_rows_init(&context.overlaps_kernels);
+  if (error == cudaSuccess) error = attention_tiles_init();
+  if (error == cudaSuccess) error = attention_split_init();
   const cudaError_t restored = other ? cudaSetDevice(current) : cudaSuccess;
   return cuda_status(kOp, error == cudaSuccess ? restored : error);
 }

@@ -52,11 +52,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) grouped_gemm_few_rows_kerne
   };
   // The parts of an expert's rows follow each other, then the columns: the weights of one are read by neighbours, at the same time.
   const auto unit_at = [&](int64_t index) {
-    const Segment s = find_segment(g.expert_offsets, g.experts, g.rows, index,
-                                   [&](int rows) { return (int64_t)((rows + kRows - 1) / kRows) * column_tiles; });
-    if (s.expert < 0) return Unit{-1, 0, 0, 0};
+    const Segment s = find_expert(g, index, [&](int rows) { return (int64_t)((rows + kRows - 1) / kRows) * column_tiles; });
+    if (s.index < 0) return Unit{-1, 0, 0, 0};
     const int parts = (s.rows + kRows - 1) / kRows, part = (int)(s.unit % parts);
-    return Unit{s.expert, s.begin + part * kRows, min(kRows, s.rows - part * kRows), s.unit / parts * kOutColumns};
+    return Unit{s.index, s.begin + part * kRows, min(kRows, s.rows - part * kRows), s.unit / parts * kOutColumns};
   };
 
   // Copies: thread t has unit t % 8 of rows t / 8 + 16 i. Weight row 16 i + j of a stage is column 16 i + j; with SwiGLU column 8 i + j % 8

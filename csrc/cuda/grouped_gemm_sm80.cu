@@ -44,9 +44,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns, kThreads = Tile::kThreads, kStages = Tile::kStages;
   constexpr int kOutColumns = kSwiglu ? kColumns / 2 : kColumns;
   let_next_kernel_begin();
-  const Segment segment = find_segment(g.expert_offsets, g.experts, g.rows, blockIdx.x,
-                                       [&](int rows) { return (int64_t)((rows + kRows - 1) / kRows) * column_tiles; });
-  if (segment.expert < 0) {
+  const Segment segment = find_expert(g, blockIdx.x, [&](int rows) { return (int64_t)((rows + kRows - 1) / kRows) * column_tiles; });
+  if (segment.index < 0) {
     if (blockIdx.x == 0) wait_for_kernels_before();  // no expert has rows: no other block waits either
     return;
   }
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if (a[i]) a[i] += copy_k;
   }
   const int columns_left = (int)min(g.n - column0 - copy_row, (int64_t)kColumns);
-  const T *const w = (const T *)g.w + segment.expert * g.w_expert_stride + (column0 + copy_row) * g.w_stride + copy_k;
+  const T *const w = (const T *)g.w + segment.index * g.w_expert_stride + (column0 + copy_row) * g.w_stride + copy_k;
   const int64_t up = g.n * g.w_stride;
   const uint32_t base = shared_address(shared), to = place(copy_row, thread % 8);
   const auto load = [&](int stage, int64_t k0) {

@@ -1,5 +1,6 @@
 // The CUDA backend as api/ calls it: validated params in, kernels enqueued on `stream` (a cudaStream_t).
 #pragma once
+#include "attention.h"
 #include "grouped_gemm.h"
 
 namespace mixtral::cuda {
@@ -38,5 +39,14 @@ struct MoeExpertsConfig {
 size_t moe_experts_workspace_size(const mixtral_moe_experts_params &p, const MoeExpertsConfig &config);
 mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_experts_params &p, const MoeExpertsConfig &config,
                            void *workspace, void *stream);
+
+
+size_t sliding_window_attention_workspace_size(const mixtral_context &context, const mixtral_sliding_window_attention_params &p,
+                                               const AttentionConfig &config);
+mixtral_status sliding_window_attention(const mixtral_context &context, const mixtral_sliding_window_attention_params &p,
+                                        const AttentionConfig &config, void *workspace, void *stream);
+size_t rolling_attention_workspace_size(const mixtral_context &context, const mixtral_rolling_attention_params &p, const AttentionConfig &config);
+mixtral_status rolling_attention(const mixtral_context &context, const mixtral_rolling_attention_params &p, const AttentionConfig &config,
+                                 void *workspace, void *stream);
 
 }  // namespace mixtral::cuda

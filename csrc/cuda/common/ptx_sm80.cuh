@@ -1,4 +1,4 @@
-// One wrapper per instruction of sm_80: byte permutation, asynchronous copies, matrix loads, tensor cores.
+// One wrapper per instruction of sm_80: byte permutation, powers of two, asynchronous copies, matrix loads, tensor cores.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,6 +15,13 @@ __device__ inline uint32_t signs_of_halves(uint32_t x) {
   uint32_t signs;
   asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(x));
   return signs;
+}
+
+// 2^x, with subnormal results as 0.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Copies 16 bytes to shared memory, past L1, or writes zeros there and reads nothing. L2 fetches the whole 128-byte line.

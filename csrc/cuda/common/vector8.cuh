@@ -18,6 +18,20 @@ __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline void from_float(float x, __nv_bfloat16 &out) { out = __float2bfloat16_rn(x); }
 __device__ inline void from_float(float x, __half &out) { out = __float2half_rn(x); }
 
+// Two floats as the halves of a register, the first one low.
+__device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+__device__ inline uint32_t pack(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
 // The first n of the 8 elements at p (all if n >= 8), the rest zero. p is 16-byte aligned.
 template <class T>
 __device__ inline Vector8<T> load8(const T *p, int64_t n) {

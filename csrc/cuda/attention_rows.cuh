@@ -1,0 +1,29 @@
+// Which keys a block of rows sees: the range it goes through, the part of it that needs no mask, and the mask.
+#pragma once
+#include "attention_sequence.cuh"
+
+namespace mixtral::cuda {
+
+// Keys [begin, end) that a query at key position `position` sees; none before the first key.
+__device__ inline int first_key(const Sequence &s, int window, int position) { return max(s.begin, max(position, -1) - window + 1); }
+
+// Rows of the tokens at positions low to high.
+struct KeyRange {
+  int begin, end;            // keys that some row sees
+  int full_begin, full_end;  // keys that every row sees: outside, at the window's left edge and at the diagonal, scores are masked
+
+  __device__ KeyRange(const Sequence &s, int window, int low, int high)
+      : begin(first_key(s, window, low)), end(high + 1), full_begin(first_key(s, window, high)), full_end(low + 1) {}
+  // Does a tile of keys need the mask?
+  __device__ bool edge(int key, int keys) const { return key < full_begin || key + keys > full_end; }
+};
+
+// One row's mask.
+struct RowMask {
+  int first, last;  // keys that it sees
+
+  __device__ RowMask(const Sequence &s, int window, int position) : first(first_key(s, window, position)), last(position) {}
+  __device__ bool sees(int key) const { return key >= first && key <= last; }
+};
+
+}  // namespace mixtral::cuda

@@ -1,0 +1,369 @@
+// Attention of sequences with few rows (decoding): the keys of a sequence are divided into spans, each goes through them with 16 rows at a
+// time, and a second kernel combines what the spans of a row found.
+//
+//   unit       16 rows x a key head x a span of keys (attention.h): the rows of a decoding step with groups of up to 16, so that keys and values
+//              are read once for the group
+//   grid       two blocks an SM; block b takes the units b, b + gridDim.x, ..: key heads fastest, whose rows lie side by side
+//   step       16 keys of one warp: warp w takes the keys 16 w, 16 w + 64, .. of a span with a softmax and sums of its own. Its copies are its
+//              own, too, and run on into its next unit: no barrier among warps but at the end of a unit, where they add up
+//   shared     4 warps x 2 steps x 16 rows of k and of v: D = 128 64 KB, D = 64 32 KB, and 16 rows of f32 for the sums. Rows of D * 2 bytes,
+//              their 16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
+//   in flight  48 KB and more of keys and values a block with D = 128; 3.35 TB/s * 0.7 us / 132 SMs = 18 KB an SM are needed
+//   registers  D = 128: 64 sums, 32 of q, 8 scores, 16 of fragments
+//   barriers   six a unit
+//   moved      D * 4 bytes a key and key head, once; (D + 2) * 4 bytes a span, row and head out and back, where there are two spans or more
+#include "attention_kernels.h"
+#include "attention_rows.cuh"
+#include "attention_softmax.cuh"
+#include "common/launch.h"
+#include "common/overlap.cuh"
+#include "common/ptx_sm80.cuh"
+#include "common/vector8.cuh"
+
+namespace mixtral::cuda {
+namespace {
+
+using namespace mixtral::sm80;
+
+constexpr int kThreads = 128, kWarps = kThreads / 32, kRows = kSplitTile, kStep = 16, kSteps = 2;
+
+template <int head_dim>
+struct Shared {
+  alignas(128) uint8_t keys[kWarps][kSteps][2][kStep * head_dim * 2];  // k, v
+  float sums[kRows][head_dim + 8];  // the 8 keep the rows of a fragment in different banks
+  RowSoftmax softmax[kWarps][kRows];
+};
+
+struct SplitUnit {
+  Segment segment;  // index -1: there are no more units
+  Sequence sequence;
+  int head, row0, rows, span, spans, begin, end;  // keys [begin, end)
+};
+
+__device__ inline SplitUnit unit_at(const Attention &a, int64_t index) {
+  const auto shape = [&](int i, int first, int n) { return sequence_at(a, i, first, n, 1); };
+  const auto row_tiles = [&](int n) { return n * a.group <= kSplitRows ? (n * a.group + kRows - 1) / kRows : 0; };
+  SplitUnit u = {};
+  u.segment = find_sequence(a, index, [&](int i, int n) {
+    const Sequence s = shape(i, 0, n);
+    return s.slot < 0 ? (int64_t)0 : (int64_t)row_tiles(n) * span_count(s.end - s.begin) * a.key_heads;
+  });
+  if (u.segment.index < 0) return u;
+  u.sequence = shape(u.segment.index, u.segment.begin, u.segment.rows);
+  const int keys = u.sequence.end - u.sequence.begin, tiles = row_tiles(u.segment.rows), unit = (int)u.segment.unit;
+  u.head = unit % a.key_heads;
+  u.row0 = unit / a.key_heads % tiles * kRows;
+  u.rows = min(kRows, u.segment.rows * a.group - u.row0);
+  u.span = unit / a.key_heads / tiles;
+  u.spans = span_count(keys);
+  u.begin = u.sequence.begin + u.span * span_keys(keys);
+  u.end = min(u.begin + span_keys(keys), u.sequence.end);
+  return u;
+}
+
+// What the spans of a row leave: sums of weighted values, and the shift and the sum of their weights.
+struct Partial {
+  float *sums;    // [places][key heads][most rows][D]
+  float2 *softmax;  // [places][key heads][most rows]
+  int most_rows, sequence_places;
+
+  // Place of span 0 of a sequence; spans follow each other. Packed keys: each span but the last has kLeastSpan keys or more of its own.
+  __device__ int64_t place(const Attention &a, const Segment &s, const Sequence &sequence) const {
+    return sequence_places ? (int64_t)s.index * sequence_places : sequence.first_token / kLeastSpan + s.index;
+  }
+  __device__ int64_t row(const Attention &a, int64_t place, int head, int row) const { return (place * a.key_heads + head) * most_rows + row; }
+};
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __grid_constant__ Attention a, const __grid_constant__ Partial partial) {
+  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  Shared<kHeadDim> &shared = *reinterpret_cast<Shared<kHeadDim> *>(shared_bytes);
+  constexpr int kUnits = kHeadDim / 8, kRowBytes = kHeadDim * 2, kPass = 32 / kUnits, kSixteens = kHeadDim / 16;
+  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const auto place = [](unsigned row, unsigned unit) { return row * kRowBytes + (unit ^ row % 8) * 16; };
+
+  // Copies: lane l has unit l % kUnits of rows l / kUnits + kPass i of its warp's next step.
+  const unsigned copy_row = lane / kUnits, copy_unit = lane % kUnits;
+  const uint32_t base = shared_address(shared.keys[warp]);
+  int64_t load_index = blockIdx.x;
+  bool more = false;
+  Sequence sequence;
+  KeyRows<T> k, v;
+  int load_key = 0, load_end = 0, load_step = 0;
+  const auto begin_loads = [&] {  // at the next unit that has keys for this warp
+    for (;; load_index += gridDim.x) {
+      const SplitUnit unit = unit_at(a, load_index);
+      more = unit.segment.index >= 0;
+      if (!more) return;
+      sequence = unit.sequence;
+      load_key = unit.begin + (int)warp * kStep;
+      load_end = unit.end;
+      if (load_key >= load_end) continue;
+      k = key_rows<T>(a.k_ring, a.k, sequence, unit.segment.index, unit.head);
+      v = key_rows<T>(a.v_ring, a.v, sequence, unit.segment.index, unit.head);
+      return;
+    }
+  };
+  const auto load = [&](int value) {  // k (0) or v (1) of the step at hand, which v ends
+    if (more) {
+      const KeyRows<T> &rows = value ? v : k;
+#pragma unroll
+      for (int i = 0; i < kStep / kPass; ++i) {
+        const int row = copy_row + i * kPass;
+        cp_async_16(base + (load_step * 2 + value) * kStep * kRowBytes + place(row, copy_unit), rows.at(a, sequence, load_key + row) + copy_unit * 8,
+                    load_key + row < load_end);
+      }
+      if (value) {
+        load_step = (load_step + 1) % kSteps;
+        load_key += kWarps * kStep;
+        if (load_key >= load_end) {
+          load_index += gridDim.x;
+          begin_loads();
+        }
+      }
+    }
+    cp_async_commit();
+  };
+
+  let_next_kernel_begin();
+  begin_loads();
+  wait_for_kernels_before();
+  for (int s = 0; s < kSteps; ++s) {
+    load(0);
+    load(1);
+  }
+  const uint32_t k_from = base + place(lane % 8 + lane / 16 * 8, lane / 8 % 2), v_from = base + place(lane % 16, lane / 16);
+  const uint32_t sign = a.negative ? 0x80008000u : 0;
+  int step = 0;
+  for (int64_t index = blockIdx.x;; index += gridDim.x) {
+    const SplitUnit unit = unit_at(a, index);
+    if (unit.segment.index < 0) return;
+    // A thread has rows lane / 4 and lane / 4 + 8.
+    uint32_t fq[kSixteens][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + half * 8;
+      const T *from = query_row<const T>(a.q, a, unit.segment, unit.head, unit.row0 + row) + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kSixteens; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) fq[i][j * 2 + half] = row < unit.rows ? *(const uint32_t *)(from + i * 16 + j * 8) ^ sign : 0;
+    }
+    const int last_row = unit.row0 + unit.rows - 1, position = unit.sequence.position;
+    const KeyRange range(unit.sequence, a.window, position + unit.row0 / a.group, position + last_row / a.group);
+
+    RowSoftmax softmax[2];
+    float sum[2 * kSixteens][4] = {};
+#pragma unroll 1
+    for (int key = unit.begin + (int)warp * kStep; key < unit.end; key += kWarps * kStep, step = (step + 1) % kSteps) {
+      cp_async_wait<2 * kSteps - 1>();
+      __syncwarp();  // k is there
+      float score[2][4] = {};
+#pragma unroll
+      for (int i = 0; i < kSixteens; ++i) {
+        uint32_t fk[4];
+        ldmatrix_x4(fk, (k_from + step * 2 * kStep * kRowBytes) ^ (i * 32));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) mma_m16n8k16(score[j], fq[i], fk[2 * j], fk[2 * j + 1], T());
+      }
+      __syncwarp();  // all lanes are past k
+      load(0);
+
+      if (range.edge(key, kStep)) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const RowMask mask(unit.sequence, a.window, position + (unit.row0 + (int)lane / 4 + h * 8) / a.group);
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (!mask.sees(key + j * 8 + lane % 4 * 2 + e)) score[j][h * 2 + e] = -INFINITY;
+        }
+      }
+      uint32_t weights[4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float factor;
+        const float highest = fmaxf(fmaxf(score[0][h * 2], score[0][h * 2 + 1]), fmaxf(score[1][h * 2], score[1][h * 2 + 1]));
+        const float shift = softmax[h].next(quad_max(highest), a.scale, &factor);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) score[j][h * 2 + e] = exp2_approx(fmaf(score[j][h * 2 + e], a.scale, -shift));
+          softmax[h].sum += score[j][h * 2] + score[j][h * 2 + 1];
+          weights[j * 2 + h] = pack(score[j][h * 2], score[j][h * 2 + 1], T());
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kSixteens; ++i)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) sum[i][h * 2 + e] *= factor;
+      }
+
+      cp_async_wait<2 * kSteps - 1>();
+      __syncwarp();  // v is there
+#pragma unroll
+      for (int i = 0; i < kSixteens; ++i) {
+        uint32_t fv[4];
+        ldmatrix_x4_trans(fv, (v_from + (step * 2 + 1) * kStep * kRowBytes) ^ (i * 32));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) mma_m16n8k16(sum[2 * i + j], weights, fv[2 * j], fv[2 * j + 1], T());
+      }
+      __syncwarp();  // all lanes are past v
+      load(1);
+    }
+
+    // The warps' results together, one warp after the other.
+    __syncthreads();  // all warps are past what they read of the last unit's
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      softmax[h].sum = quad_sum(softmax[h].sum);
+      if (lane % 4 == 0) shared.softmax[warp][lane / 4 + h * 8] = softmax[h];
+    }
+    __syncthreads();
+    const auto whole = [&](int row) {  // the softmax of a row
+      RowSoftmax r;
+      for (int w = 0; w < kWarps; ++w) r.highest = fmaxf(r.highest, shared.softmax[w][row].highest);
+      const float shift = softmax_shift(r.highest, a.scale);
+      for (int w = 0; w < kWarps; ++w) r.sum += shared.softmax[w][row].sum * exp2_approx(fmaf(shared.softmax[w][row].highest, a.scale, -shift));
+      return r;
+    };
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float shift = softmax_shift(whole(lane / 4 + h * 8).highest, a.scale), factor = exp2_approx(fmaf(softmax[h].highest, a.scale, -shift));
+#pragma unroll
+      for (int i = 0; i < 2 * kSixteens; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sum[i][h * 2 + e] *= factor;
+    }
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = lane / 4 + h * 8;
+          if (row >= unit.rows) break;
+#pragma unroll
+          for (int i = 0; i < 2 * kSixteens; ++i) {
+            float2 *to = (float2 *)&shared.sums[row][i * 8 + lane % 4 * 2];
+            *to = w ? make_float2(to->x + sum[i][h * 2], to->y + sum[i][h * 2 + 1]) : make_float2(sum[i][h * 2], sum[i][h * 2 + 1]);
+          }
+        }
+      }
+      __syncthreads();
+    }
+
+    constexpr int kFours = kHeadDim / 4;  // four columns a thread
+    for (int row = thread / kFours; row < unit.rows; row += kThreads / kFours) {
+      const float4 x = *(const float4 *)&shared.sums[row][thread % kFours * 4];
+      const RowSoftmax r = whole(row);
+      const int at_row = unit.row0 + row;
+      if (unit.spans == 1) {
+        const float inverse = softmax_inverse(r.sum);
+        const uint2 pairs = make_uint2(pack(x.x * inverse, x.y * inverse, T()), pack(x.z * inverse, x.w * inverse, T()));
+        *(uint2 *)(query_row<T>(a.out, a, unit.segment, unit.head, at_row) + thread % kFours * 4) = pairs;
+        if (a.lse && thread % kFours == 0)
+          *lse_of_row(a, unit.segment, unit.head, at_row) = log_sum_exp(softmax_shift(r.highest, a.scale), r.sum);
+      } else {
+        const int64_t to = partial.row(a, partial.place(a, unit.segment, unit.sequence) + unit.span, unit.head, at_row);
+        *(float4 *)(partial.sums + to * kHeadDim + thread % kFours * 4) = x;
+        if (thread % kFours == 0) partial.softmax[to] = make_float2(r.sum == 0.0f ? -INFINITY : softmax_shift(r.highest, a.scale), r.sum);
+      }
+    }
+  }
+}
+
+// One warp a row of a sequence with several spans; lane l has spans l and l + 32, and kHeadDim / 32 columns.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 8) attention_combine_kernel(const __grid_constant__ Attention a, const __grid_constant__ Partial partial) {
+  constexpr int kColumns = kHeadDim / 32;
+  const int lane = threadIdx.x % 32;
+  wait_for_kernels_before();
+  for (int64_t index = blockIdx.x * kWarps + threadIdx.x / 32;; index += gridDim.x * kWarps) {
+    const Segment segment = find_sequence(a, index, [&](int i, int n) {
+      const Sequence s = sequence_at(a, i, 0, n, 1);
+      const bool several = s.slot >= 0 && n * a.group <= kSplitRows && span_count(s.end - s.begin) > 1;
+      return several ? (int64_t)n * a.group * a.key_heads : (int64_t)0;
+    });
+    if (segment.index < 0) return;
+    const Sequence sequence = sequence_at(a, segment.index, segment.begin, segment.rows, 1);
+    const int rows = segment.rows * a.group, head = (int)segment.unit / rows, row = (int)segment.unit % rows;
+    const int spans = span_count(sequence.end - sequence.begin);
+    const int64_t first = partial.place(a, segment, sequence);
+
+    float2 one[2];
+    float shift = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      one[i] = lane + 32 * i < spans ? partial.softmax[partial.row(a, first + lane + 32 * i, head, row)] : make_float2(-INFINITY, 0.0f);
+      shift = fmaxf(shift, one[i].x);
+    }
+    for (int d = 16; d; d /= 2) shift = fmaxf(shift, __shfl_xor_sync(~0u, shift, d));
+    if (shift == -INFINITY) shift = 0.0f;
+    float total = 0.0f, factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      factor[i] = exp2_approx(one[i].x - shift);
+      total += factor[i] * one[i].y;
+    }
+    for (int d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+    const float inverse = softmax_inverse(total);
+
+    float sum[kColumns] = {};
+#pragma unroll 8
+    for (int span = 0; span < spans; ++span) {
+      const float weight = __shfl_sync(~0u, span < 32 ? factor[0] : factor[1], span % 32);
+      const float *from = partial.sums + partial.row(a, first + span, head, row) * kHeadDim + lane * kColumns;
+      float x[kColumns];
+      if constexpr (kColumns == 4)
+        *(float4 *)x = *(const float4 *)from;
+      else
+        *(float2 *)x = *(const float2 *)from;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) sum[i] += weight * x[i];
+    }
+    uint32_t *to = (uint32_t *)(query_row<T>(a.out, a, segment, head, row) + lane * kColumns);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) to[i] = pack(sum[2 * i] * inverse, sum[2 * i + 1] * inverse, T());
+    if (a.lse && lane == 0) *lse_of_row(a, segment, head, row) = log_sum_exp(shift, total);
+  }
+}
+
+// Calls body(split kernel, combine kernel, bytes of shared memory) with the kernels for these types.
+template <class Body>
+void with_kernels(int32_t dtype, int head_dim, const Body &body) {
+  with_half_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    if (head_dim == 128)
+      body(attention_split_kernel<T, 128>, attention_combine_kernel<T, 128>, (int)sizeof(Shared<128>));
+    else
+      body(attention_split_kernel<T, 64>, attention_combine_kernel<T, 64>, (int)sizeof(Shared<64>));
+  });
+}
+
+}  // namespace
+
+cudaError_t attention_split_init() {
+  cudaError_t error = cudaSuccess;
+  for (const int32_t dtype : {MIXTRAL_DTYPE_BF16, MIXTRAL_DTYPE_F16})
+    for (const int head_dim : {64, 128})
+      with_kernels(dtype, head_dim, [&](auto split, auto, int shared) {
+        if (error == cudaSuccess) error = cudaFuncSetAttribute(split, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+      });
+  return error;
+}
+
+cudaError_t attention_split(const Attention &a, const AttentionConfig &config, void *workspace, cudaStream_t stream) {
+  Partial partial = {};
+  partial.sums = (float *)workspace;
+  partial.softmax = (float2 *)((char *)workspace + partial_sums_bytes(a, config));
+  partial.most_rows = config.most_rows;
+  partial.sequence_places = config.sequence_places;
+  cudaError_t error = cudaSuccess;
+  with_kernels(a.dtype, a.head_dim, [&](auto split, auto combine, int shared) {
+    error = launch(split, dim3((unsigned)config.split_blocks), kThreads, shared, stream, a.early, a, partial);
+    if (error == cudaSuccess && config.combine_blocks)
+      error = launch(combine, dim3((unsigned)config.combine_blocks), kThreads, 0, stream, a.overlaps, a, partial);
+  });
+  return error;
+}
+
+}  // namespace mixtral::cuda
