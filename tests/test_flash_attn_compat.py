@@ -5,17 +5,17 @@ import inspect
 import pytest
 import torch
 
-from mixtral_ext.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
+from mixtral_ext.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 
-def attend(q, k, v, causal, window_size, scale=None):
-    """flash-attn's definition: q [Sq, Hq, D], k, v [Sk, Hk, D] -> out [Sq, Hq, D], lse [Hq, Sq], float64."""
+def attend(q, k, v, causal, window_size, scale=None, dtype=torch.float64):
+    """flash-attn's definition: q [Sq, Hq, D], k, v [Sk, Hk, D] -> out [Sq, Hq, D], lse [Hq, Sq], computed in dtype."""
     n, m, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
     left, right = window_size[0], 0 if causal else window_size[1]
-    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
-    position = torch.arange(n)[:, None] + m - n
-    key = torch.arange(m)[None, :]
-    seen = torch.ones(n, m, dtype=torch.bool)
+    q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
+    position = torch.arange(n, device=q.device)[:, None] + m - n
+    key = torch.arange(m, device=q.device)[None, :]
+    seen = torch.ones(n, m, dtype=torch.bool, device=q.device)
     if left >= 0:
         seen &= key >= position - left
     if right >= 0:
@@ -159,9 +159,22 @@ def test_signatures():
     }
     required = dict.fromkeys(("q", "k", "v"), inspect.Parameter.empty)
     lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), inspect.Parameter.empty)
+    cached = {
+        **dict.fromkeys(("q", "k_cache", "v_cache"), inspect.Parameter.empty),
+        **dict.fromkeys(("k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table")),
+        "softmax_scale": None,
+        "causal": False,
+        "window_size": (-1, -1),
+        "softcap": 0.0,
+        "rotary_interleaved": True,
+        "alibi_slopes": None,
+        "num_splits": 0,
+        "return_softmax_lse": False,
+    }
     for function, expected in (
         (flash_attn_func, {**required, **common}),
         (flash_attn_varlen_func, {**required, **lengths, **common, "block_table": None}),
+        (flash_attn_with_kvcache, cached),
     ):
         parameters = inspect.signature(function).parameters
         assert [(p.name, p.default) for p in parameters.values()] == list(expected.items())
