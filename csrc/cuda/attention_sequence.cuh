@@ -68,17 +68,20 @@ __device__ inline Sequence sequence_at(const Attention &a, int index, int first,
   return s;
 }
 
+// Keys of the ring are at most `capacity`: it wraps once.
+__device__ inline int ring_place(const Attention &a, const Sequence &s, int key) {
+  const int place = s.ring_begin - s.begin + key;
+  return place >= a.capacity ? place - a.capacity : place;
+}
+
 // Keys or values of one head of a sequence.
 template <class T>
 struct KeyRows {
   const T *ring, *chunk;
   int64_t ring_token, chunk_token;
 
-  __device__ const T *at(const Attention &a, const Sequence &s, int key) const {
-    if (key >= s.chunk) return chunk + (int64_t)(key - s.chunk) * chunk_token;
-    const int place = s.ring_begin - s.begin + key;  // keys of the ring are at most `capacity`: it wraps once
-    return ring + (int64_t)(place >= a.capacity ? place - a.capacity : place) * ring_token;
-  }
+  __device__ const T *in_chunk(const Sequence &s, int key) const { return chunk + (int64_t)(key - s.chunk) * chunk_token; }
+  __device__ const T *in_ring(const Attention &a, const Sequence &s, int key) const { return ring + (int64_t)ring_place(a, s, key) * ring_token; }
 };
 
 template <class T>

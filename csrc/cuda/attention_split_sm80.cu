@@ -35,12 +35,13 @@ struct Shared {
 };
 
 struct SplitUnit {
-  Segment segment;  // index -1: there are no more units
+  Segment segment;  // index -1: there are no more units, and `end` is -1
   Sequence sequence;
   int head, row0, rows, span, spans, begin, end;  // keys [begin, end)
 };
 
-__device__ inline SplitUnit unit_at(const Attention &a, int64_t index) {
+// Not inlined: with its four callers the kernel would be 100 KB of code.
+__device__ __noinline__ SplitUnit unit_at(const Attention &a, int64_t index) {
   const auto shape = [&](int i, int first, int n) { return sequence_at(a, i, first, n, 1); };
   const auto row_tiles = [&](int n) { return n * a.group <= kSplitRows ? (n * a.group + kRows - 1) / kRows : 0; };
   SplitUnit u = {};
@@ -48,7 +49,10 @@ __device__ inline SplitUnit unit_at(const Attention &a, int64_t index) {
     const Sequence s = shape(i, 0, n);
     return s.slot < 0 ? (int64_t)0 : (int64_t)row_tiles(n) * span_count(s.end - s.begin) * a.key_heads;
   });
-  if (u.segment.index < 0) return u;
+  if (u.segment.index < 0) {
+    u.end = -1;
+    return u;
+  }
   u.sequence = shape(u.segment.index, u.segment.begin, u.segment.rows);
   const int keys = u.sequence.end - u.sequence.begin, tiles = row_tiles(u.segment.rows), unit = (int)u.segment.unit;
   u.head = unit % a.key_heads;
@@ -86,52 +90,61 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
   const unsigned copy_row = lane / kUnits, copy_unit = lane % kUnits;
   const uint32_t base = shared_address(shared.keys[warp]);
   int64_t load_index = blockIdx.x;
-  bool more = false;
   Sequence sequence;
   KeyRows<T> k, v;
-  int load_key = 0, load_end = 0, load_step = 0;
-  const auto begin_loads = [&] {  // at the next unit that has keys for this warp
-    for (;; load_index += gridDim.x) {
+  int load_key = 0, load_end = 0, load_step = 0;  // keys of the unit at hand
+  const auto find_keys = [&] {  // in the next unit that has some for this warp
+    while (load_key >= load_end && load_end >= 0) {
       const SplitUnit unit = unit_at(a, load_index);
-      more = unit.segment.index >= 0;
-      if (!more) return;
-      sequence = unit.sequence;
+      load_index += gridDim.x;
       load_key = unit.begin + (int)warp * kStep;
       load_end = unit.end;
-      if (load_key >= load_end) continue;
+      sequence = unit.sequence;
       k = key_rows<T>(a.k_ring, a.k, sequence, unit.segment.index, unit.head);
       v = key_rows<T>(a.v_ring, a.v, sequence, unit.segment.index, unit.head);
-      return;
     }
   };
-  const auto load = [&](int value) {  // k (0) or v (1) of the step at hand, which v ends
-    if (more) {
-      const KeyRows<T> &rows = value ? v : k;
+  const auto load = [&](const KeyRows<T> &rows, int value) {  // k (0) or v (1) of the step at hand
+    const auto to = [&](int i) { return base + (load_step * 2 + value) * kStep * kRowBytes + place(copy_row + i * kPass, copy_unit); };
+    const int key = load_key + (int)copy_row, last = min(load_key + kStep, load_end) - 1;
+    const bool in_chunk = load_key >= sequence.chunk;
+    if (in_chunk || (last < sequence.chunk && ring_place(a, sequence, last) == ring_place(a, sequence, load_key) + last - load_key)) {
+      const int64_t token = in_chunk ? rows.chunk_token : rows.ring_token;
+      const T *from = (in_chunk ? rows.in_chunk(sequence, load_key) : rows.in_ring(a, sequence, load_key)) + copy_row * token + copy_unit * 8;
 #pragma unroll
+      for (int i = 0; i < kStep / kPass; ++i, from += kPass * token) cp_async_16(to(i), from, key + i * kPass <= last);
+    } else {  // the ring wraps, or ends, within the step
+#pragma unroll 1
       for (int i = 0; i < kStep / kPass; ++i) {
-        const int row = copy_row + i * kPass;
-        cp_async_16(base + (load_step * 2 + value) * kStep * kRowBytes + place(row, copy_unit), rows.at(a, sequence, load_key + row) + copy_unit * 8,
-                    load_key + row < load_end);
+        const T *from = key + i * kPass < sequence.chunk ? rows.in_ring(a, sequence, key + i * kPass) : rows.in_chunk(sequence, key + i * kPass);
+        cp_async_16(to(i), from + copy_unit * 8, key + i * kPass <= last);
       }
-      if (value) {
-        load_step = (load_step + 1) % kSteps;
-        load_key += kWarps * kStep;
-        if (load_key >= load_end) {
-          load_index += gridDim.x;
-          begin_loads();
-        }
-      }
+    }
+  };
+  const auto load_k = [&] {
+    find_keys();
+    if (load_key < load_end) load(k, 0);
+    cp_async_commit();
+  };
+  const auto load_v = [&] {
+    if (load_key < load_end) {
+      load(v, 1);
+      load_step = (load_step + 1) % kSteps;
+      load_key += kWarps * kStep;
     }
     cp_async_commit();
   };
 
   let_next_kernel_begin();
-  begin_loads();
-  wait_for_kernels_before();
+  find_keys();
+  // The kernel ahead may still be making keys of the chunk, or the last one of the ring. A span before those has kSteps steps for each warp.
+  if (load_end > min(sequence.chunk, sequence.end - 1)) wait_for_kernels_before();
+#pragma unroll 1
   for (int s = 0; s < kSteps; ++s) {
-    load(0);
-    load(1);
+    load_k();
+    load_v();
   }
+  wait_for_kernels_before();
   const uint32_t k_from = base + place(lane % 8 + lane / 16 * 8, lane / 8 % 2), v_from = base + place(lane % 16, lane / 16);
   const uint32_t sign = a.negative ? 0x80008000u : 0;
   int step = 0;
@@ -167,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
         for (int j = 0; j < 2; ++j) mma_m16n8k16(score[j], fq[i], fk[2 * j], fk[2 * j + 1], T());
       }
       __syncwarp();  // all lanes are past k
-      load(0);
+      load_k();
 
       if (range.edge(key, kStep)) {
 #pragma unroll
@@ -209,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
         for (int j = 0; j < 2; ++j) mma_m16n8k16(sum[2 * i + j], weights, fv[2 * j], fv[2 * j + 1], T());
       }
       __syncwarp();  // all lanes are past v
-      load(1);
+      load_v();
     }
 
     // The warps' results together, one warp after the other.
@@ -235,6 +248,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
 #pragma unroll
         for (int e = 0; e < 2; ++e) sum[i][h * 2 + e] *= factor;
     }
+#pragma unroll 1
     for (int w = 0; w < kWarps; ++w) {
       if (w == warp) {
 #pragma unroll
@@ -276,13 +290,13 @@ template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 8) attention_combine_kernel(const __grid_constant__ Attention a, const __grid_constant__ Partial partial) {
   constexpr int kColumns = kHeadDim / 32;
   const int lane = threadIdx.x % 32;
-  wait_for_kernels_before();
   for (int64_t index = blockIdx.x * kWarps + threadIdx.x / 32;; index += gridDim.x * kWarps) {
     const Segment segment = find_sequence(a, index, [&](int i, int n) {
       const Sequence s = sequence_at(a, i, 0, n, 1);
       const bool several = s.slot >= 0 && n * a.group <= kSplitRows && span_count(s.end - s.begin) > 1;
       return several ? (int64_t)n * a.group * a.key_heads : (int64_t)0;
     });
+    wait_for_kernels_before();
     if (segment.index < 0) return;
     const Sequence sequence = sequence_at(a, segment.index, segment.begin, segment.rows, 1);
     const int rows = segment.rows * a.group, head = (int)segment.unit / rows, row = (int)segment.unit % rows;

@@ -62,13 +62,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const int key = tile * kKeys + copy_row;
     const auto seen = [&](int i) { return key + i * kPass >= range.begin && key + i * kPass < range.end; };
     if (tile * kKeys >= sequence.chunk) {  // the ring ends with a tile
-      const T *from = rows_of.at(a, sequence, key) + copy_unit * 8;
+      const T *from = rows_of.in_chunk(sequence, key) + copy_unit * 8;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i, from += kPass * rows_of.chunk_token) cp_async_16(to + place + i * kPass * kRowBytes, from, seen(i));
     } else {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i)
-        cp_async_16(to + place + i * kPass * kRowBytes, rows_of.at(a, sequence, key + i * kPass) + copy_unit * 8, seen(i));
+        cp_async_16(to + place + i * kPass * kRowBytes, rows_of.in_ring(a, sequence, key + i * kPass) + copy_unit * 8, seen(i));
     }
   };
 

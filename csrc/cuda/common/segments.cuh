@@ -19,6 +19,7 @@ __device__ inline Segment find_segment(int segments, int64_t index, const Offset
   const int lane = threadIdx.x % 32, each = (segments + 31) / 32, first = min(lane * each, segments), last = min(first + each, segments);
 
   int highest = 0;  // of this lane's first offsets, then of all up to them
+#pragma unroll 1
   for (int i = first; i < last; ++i) highest = max(highest, offset(i));
   for (int d = 1; d < 32; d *= 2) {
     const int other = __shfl_up_sync(~0u, highest, d);
@@ -28,6 +29,7 @@ __device__ inline Segment find_segment(int segments, int64_t index, const Offset
   const int start = max(lane ? before : 0, offset(first));
 
   int64_t count = 0;
+#pragma unroll 1
   for (int i = first, begin = start; i < last; ++i) {
     const int end = max(begin, offset(i + 1));
     count += units(i, end - begin);
