@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mixtral_ext
-from mixtral_bench import gpu_check, gpu_experts
+from mixtral_bench import gpu_check, gpu_experts, gpu_timing
 
 ROOT = Path(__file__).parents[1]
 TINY = gpu_experts.Shape(hidden=64, intermediate=48, experts=8, top_k=2)
@@ -20,7 +20,7 @@ NAMES = {*gpu_experts.OURS, *gpu_experts.PEERS, "dense", "copy"}
 
 @pytest.fixture(autouse=True)
 def few_runs(monkeypatch):
-    monkeypatch.setattr(gpu_experts, "MIN_RUNS", 1)
+    monkeypatch.setattr(gpu_timing, "MIN_RUNS", 1)
     monkeypatch.setattr(gpu_experts.machine, "describe", lambda: {"date": "2026-01-02", "commit": "abc", "versions": {"torch": "2"}})
 
 
@@ -195,6 +195,8 @@ def test_sanitized_calls(capsys, monkeypatch):
     assert gpu_check.call_ops("cpu")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and "moe_sort: not supported on CUDA yet" in lines and "moe_experts: 28 of 28 cases" in lines
+    for op in ("sliding_window_attention", "rolling_attention"):
+        assert any(re.fullmatch(rf"{op}: (\d+) of \1 cases", line) for line in lines)
     monkeypatch.setattr(mixtral_ext, "moe_gate", fails)
     assert not gpu_check.call_ops("cpu", seconds=0.0)
     assert "moe_gate empty: FAILED CUDA error: an illegal memory access" in capsys.readouterr().out
@@ -217,6 +219,17 @@ def test_make_passes_its_variables_on():
     assert printed().endswith("-m mixtral_bench.gpu_check --out build/gpu-check")
     line = printed("PARTS=tests bench", "OUT=/some/where", "TOKENS=1 16", "ROUTINGS=natural")
     assert line.endswith("--out /some/where --parts tests bench --tokens 1 16 --routings natural")
+    line = printed("PARTS=attention", "LENGTHS=1024 4096", "BATCHES=1 2", "LIMIT=60")
+    assert line.endswith("--out build/gpu-check --parts attention --lengths 1024 4096 --batches 1 2 --seconds 60")
+
+
+def test_options_of_a_bench(tmp_path, monkeypatch):
+    """They are those that the bench itself takes; without a GPU it ends with a failure."""
+    check = gpu_check.Check(tmp_path, 60)
+    commands = []
+    monkeypatch.setattr(check, "run", lambda command, log, limit, shown: commands.append((command[3:], log)) or (1, ["last line"]))
+    assert gpu_check.bench("gpu_attention", "attention", 9, lengths=["8"], batches=None)(check) == (["exit status 1", "last line"], "")
+    assert commands == [(["mixtral_bench.gpu_attention", "--json", tmp_path / "attention.json", "--lengths", "8"], "attention.log")]
 
 
 def test_the_program_behind_the_choice_of_kernels_compiles(tmp_path):

@@ -120,7 +120,7 @@ def sanitizer(check: Check):
     for name in TOOLS:
         command = [tool, "--tool", name, "--error-exitcode", "86", "--report-api-errors", "no", "--print-limit", "100",
                    sys.executable, "-u", "-m", "mixtral_bench.gpu_check", "--call-ops"]
-        status, lines = check.run(command, "sanitizer.log", 75, shown=r"^(\w+: .*(cases|not supported)|\w+ \w+: FAILED)",
+        status, lines = check.run(command, "sanitizer.log", 110, shown=r"^(\w+: .*(cases|not supported)|\w+ \w+: FAILED)",
                                   PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         found = [line.strip("= ") for line in lines if "SUMMARY:" in line]
         summaries.append(f"{name}: {found[-1] if found else 'no summary'}")
@@ -132,12 +132,13 @@ def sanitizer(check: Check):
     return failures, "; ".join(summaries)
 
 
-def bench(tokens, routings):
+def bench(module: str, file: str, limit: float, **options):
+    """options: lists of values, or None for the bench's own."""
     def check(check: Check):
-        command = [sys.executable, "-u", "-m", "mixtral_bench.gpu_experts", "--json", check.out.resolve() / "bench.json"]
-        command += ["--tokens", *tokens] if tokens else []
-        command += ["--routings", *routings] if routings else []
-        status, lines = check.run(command, "bench.log", 240, shown=".")
+        command = [sys.executable, "-u", "-m", f"mixtral_bench.{module}", "--json", check.out.resolve() / f"{file}.json"]
+        for name, values in options.items():
+            command += [f"--{name}", *values] if values else []
+        status, lines = check.run(command, f"{file}.log", limit, shown=".")
         return [f"exit status {status}", *lines[-1:]] if status else [], ""
 
     return check
@@ -187,12 +188,15 @@ def library_hash() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mixtral_bench.gpu_check", description=__doc__)
-    names = ("tests", "graph", "sanitizer", "bench", "silicon")
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="default: all. silicon: the virtual GPU's tests on the card")
+    names = ("tests", "graph", "sanitizer", "bench", "attention", "silicon")
+    parser.add_argument("--parts", nargs="+", choices=names, default=names,
+                        help="default: all. bench: the expert layer; silicon: the virtual GPU's tests on the card")
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), metavar="FOLDER", help="default %(default)s")
-    parser.add_argument("--seconds", type=float, default=570, help="for everything (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1500, help="for everything (default %(default)s); a part takes 7 minutes at most")
     parser.add_argument("--tokens", nargs="+", metavar="T", help="of bench (default: 1 to 16384)")
     parser.add_argument("--routings", nargs="+", help="of bench: balanced, natural, two")
+    parser.add_argument("--lengths", nargs="+", metavar="T", help="of attention's prompts (default: 1024 to 65536)")
+    parser.add_argument("--batches", nargs="+", metavar="B", help="of attention's decode steps (default: 1 to 128)")
     parser.add_argument("--call-ops", action="store_true", help="only call every op, for a sanitizer")
     options = parser.parse_args(arguments)
     if options.call_ops:
@@ -211,10 +215,11 @@ def main(arguments: list[str] | None = None) -> None:
     check.say(f"{card.stdout.strip()}, libmixtral_ext.so.0 {library_hash()}, logs in {options.out}")
 
     parts = {
-        "tests": pytest("tests.log", 150, "tests", *NOT_COLLECTED),
+        "tests": pytest("tests.log", 240, "tests", *NOT_COLLECTED),
         "graph": pytest("graph.log", 60, "tests/test_cuda_graph.py"),
         "sanitizer": sanitizer,
-        "bench": bench(options.tokens, options.routings),
+        "bench": bench("gpu_experts", "bench", 240, tokens=options.tokens, routings=options.routings),
+        "attention": bench("gpu_attention", "attention", 420, lengths=options.lengths, batches=options.batches),
         "silicon": pytest("silicon.log", 150, "tests/virtual_gpu"),
     }
     for name in options.parts:

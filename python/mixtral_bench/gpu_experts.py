@@ -4,12 +4,8 @@ work and a copy of the same bytes. Part of `make gpu-check`; by itself: python -
 import argparse
 import json
 import math
-import shutil
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +14,8 @@ from torch.nn.functional import silu
 
 import mixtral_ext
 from mixtral_bench import machine
-from mixtral_bench.measure import TOLERANCE, relative_error
+from mixtral_bench.gpu_timing import Candidate, first_line, gpu_state, header, measure, poison, shown_us, watch, write_report
+from mixtral_bench.measure import relative_error
 from mixtral_bench.rows import transformers_experts
 from mixtral_ext import reference
 
@@ -27,7 +24,6 @@ ROUTINGS = ("balanced", "natural", "two")
 OURS = ("ours", "ours + sort", "gate", "swiglu", "down", "combine")  # the last four are parts
 PEERS = ("torch grouped_mm", "transformers grouped_mm", "transformers eager")  # all sort, as "ours + sort" does
 CHECKED = 16  # tokens compared with f32
-MIN_RUNS, MAX_RUNS = 10, 50
 
 
 @dataclass(frozen=True)
@@ -38,15 +34,6 @@ class Shape:
     intermediate: int = 14336
     experts: int = 8
     top_k: int = 2
-
-
-@dataclass
-class Candidate:
-    call: Callable[[], object]
-    error: Callable[[object], float]  # of what it returned
-    bytes: float  # that must be moved
-    flops: float
-    writes: tuple = ()  # poisoned before its result is checked
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
@@ -140,106 +127,28 @@ def make_candidates(shape: Shape, w_gate_up, w_down, logits, generator) -> tuple
     layer = dict(error=layer_error, bytes=touched * expert + 4 * tokens * h, flops=slots * expert)  # 2 a weight of 2 bytes
     candidates = {
         "ours": Candidate(lambda: mixtral_ext.moe_experts(x, w_gate_up, w_down, weights, ids, offsets, sorted_slots, slot_rows, out=out),
-                          **layer, writes=(out,)),
-        "ours + sort": Candidate(lambda: mixtral_ext.moe_experts(x, w_gate_up, w_down, weights, ids, out=out), **layer, writes=(out,)),
+                          **layer, before=poison(out)),
+        "ours + sort": Candidate(lambda: mixtral_ext.moe_experts(x, w_gate_up, w_down, weights, ids, out=out), **layer, before=poison(out)),
         "gate": Candidate(lambda: mixtral_ext.moe_gate(logits, k, out=gated), gate_error,
-                          4 * logits.numel() + 4 * sum(t.numel() for t in maps), 0, gated),
+                          4 * logits.numel() + 4 * sum(t.numel() for t in maps), 0, poison(*gated)),
         "swiglu": Candidate(lambda: mixtral_ext.grouped_gemm_swiglu(x, w_gate_up, offsets, sorted_slots, k, out=inner),
                             lambda result: relative_error(result[checked_rows], inner_f32),
-                            touched * expert * 2 / 3 + 2 * (tokens * h + slots * i), slots * expert * 2 / 3, (inner,)),
+                            touched * expert * 2 / 3 + 2 * (tokens * h + slots * i), slots * expert * 2 / 3, poison(inner)),
         "down": Candidate(lambda: mixtral_ext.grouped_gemm(inner_in, w_down, offsets, out=rows),
                           lambda result: relative_error(result[checked_rows], rows_f32),
-                          touched * expert / 3 + 2 * slots * (i + h), slots * expert / 3, (rows,)),
+                          touched * expert / 3 + 2 * slots * (i + h), slots * expert / 3, poison(rows)),
         "combine": Candidate(lambda: mixtral_ext.moe_combine(rows_in, slot_rows, weights, out=out), layer_error,
-                             2 * h * (slots + tokens) + 8 * slots, 2 * slots * h, (out,)),
+                             2 * h * (slots + tokens) + 8 * slots, 2 * slots * h, poison(out)),
         "torch grouped_mm": Candidate(lambda: torch_layer(x, w_gate_up, w_down, weights, ids), **layer),
         "transformers grouped_mm": Candidate(lambda: peers["grouped_mm"](x, ids_i64, weights), **layer),
         "transformers eager": Candidate(lambda: peers["eager"](x, ids_i64, weights), **layer),
-        "dense": Candidate(dense, dense_error, expert + 2 * slots * (2 * h + 3 * i), slots * expert, (dense_out, rows)),
-        "copy": Candidate(lambda: copy.copy_(source), copy_error, 4 * half, 0, (copy,)),
+        "dense": Candidate(dense, dense_error, expert + 2 * slots * (2 * h + 3 * i), slots * expert, poison(dense_out, rows)),
+        "copy": Candidate(lambda: copy.copy_(source), copy_error, 4 * half, 0, poison(copy)),
     }
     return candidates, counts
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
-
-
-class Timer:
-    """Times batches of calls, about a millisecond each. On CUDA a batch is one graph, or, of a candidate that waits for the device,
-    calls between two events; on the CPU a clock."""
-
-    def __init__(self, call, device: torch.device):
-        self.call, self.calls, self.cuda, self.graph = call, 1, device.type == "cuda", None
-        self.batch()
-        self.calls = max(1, min(20, int(1e-3 / self.batch())))
-        if self.cuda and self._never_waits():
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._calls()
-        self.batch()
-
-    def batch(self) -> float:
-        """Seconds a call."""
-        if not self.cuda:
-            start = time.perf_counter()
-            self._calls()
-            return (time.perf_counter() - start) / self.calls
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if self.graph:
-            torch.cuda._sleep(200_000)  # 0.1 ms, in which the replay is enqueued: its launch is not part of the time
-        start.record()
-        self.graph.replay() if self.graph else self._calls()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / self.calls
-
-    def _calls(self):
-        for _ in range(self.calls):
-            self.call()
-
-    def _never_waits(self) -> bool:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            self.call()
-        except RuntimeError:
-            return False
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return True
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def measure(candidates: dict[str, Candidate], device: torch.device, budget: float) -> dict[str, dict]:
-    """Each candidate is checked, then all are timed in turns. One that raises or is wrong is recorded as failed."""
-    results, timers, runs = {}, {}, {}
-    for name, candidate in candidates.items():
-        try:
-            for tensor in candidate.writes:
-                tensor.fill_(-77)
-            error = candidate.error(candidate.call())
-            if not error <= TOLERANCE:
-                raise ArithmeticError(f"wrong result: relative error {error:.2g}")
-            timers[name], runs[name] = Timer(candidate.call, device), []
-            results[name] = {"error": error, "method": "graph" if timers[name].graph else "events" if timers[name].cuda else "clock"}
-        except Exception as failure:  # noqa: BLE001
-            results[name] = {"failed": first_line(failure)}
-    for _ in range(MAX_RUNS):
-        for name, timer in list(timers.items()):
-            if len(runs[name]) < MIN_RUNS or sum(runs[name]) * timer.calls < budget:
-                try:
-                    runs[name].append(timer.batch())
-                except Exception as failure:  # noqa: BLE001
-                    results[name] = {"failed": first_line(failure)}
-                    del timers[name]
-    for name, timer in timers.items():
-        seconds, candidate = statistics.median(runs[name]), candidates[name]
-        results[name] |= {"us": seconds * 1e6, "us_range": [min(runs[name]) * 1e6, max(runs[name]) * 1e6], "runs": len(runs[name]),
-                          "calls": timer.calls, "bytes": candidate.bytes, "flops": candidate.flops,
-                          "tb_s": candidate.bytes / seconds / 1e12, "tflop_s": candidate.flops / seconds / 1e12}
-    return results
 
 
 def ratios(results: dict[str, dict]) -> dict[str, dict]:
@@ -280,51 +189,13 @@ def run(shape: Shape, tokens, routings, device: str, budget: float = 0.15, save=
     return results
 
 
-# ------------------------------------------------------------------------------------------------------------ machine
-
-STATE = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
-
-
-def smi(fields, *options) -> list[str]:
-    return ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", *options]
-
-
-def gpu_state(device: torch.device) -> dict:
-    if device.type != "cuda":
-        return {}
-    if not shutil.which("nvidia-smi"):
-        return {"name": torch.cuda.get_device_name(device)}
-    done = subprocess.run(smi(STATE), capture_output=True, text=True)
-    return dict(zip(STATE, done.stdout.strip().split(", "))) if done.returncode == 0 else {"failed": done.stderr.strip() or done.stdout.strip()}
-
-
-def watch(device: torch.device) -> Callable[[], dict]:
-    """Reads clock and power twice a second until the returned function is called, which gives their medians and extremes."""
-    if device.type != "cuda" or not shutil.which("nvidia-smi"):
-        return lambda: {}
-    process = subprocess.Popen(smi(("clocks.sm", "power.draw"), "-lms", "500"), stdout=subprocess.PIPE, text=True)
-
-    def finish():
-        process.terminate()
-        samples = [line.split(", ") for line in process.communicate()[0].splitlines()]
-        columns = zip(*((float(clock), float(power)) for clock, power in (s for s in samples if len(s) == 2 and "[" not in "".join(s))))
-        return {name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-                for name, values in zip(("clocks.sm", "power.draw"), columns)}
-
-    return finish
-
-
 # ------------------------------------------------------------------------------------------------------------- report
 
 
 def table(results: dict) -> str:
     """Markdown, one line a row."""
-    info, versions = results["gpu"], results["machine"]["versions"]
-    state = ", ".join(f"{key} {value}" for key, value in info["before"].items())
-    during = "; ".join(f"{name} median {v['median']:g}, {v['min']:g} to {v['max']:g}" for name, v in info.get("during", {}).items())
     lines = [
-        f"{state}. While measuring: {during or 'not known'}.",
-        f"{results['machine']['date']}, commit {results['machine']['commit']}; " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".",
+        *header(results),
         "Times in us (medians) of CUDA graphs; *: of launches one by one, of what waits for the device. x: the peer's time over that of "
         "`+ sort`, which sorts as these peers do (dense: over `ours`). copy: share of the bandwidth of a device copy of the same bytes.",
         "",
@@ -334,7 +205,7 @@ def table(results: dict) -> str:
     ]
     failures: dict[str, list] = {}
     for row in results["rows"]:
-        us = {name: f"{result['us']:.{0 if result['us'] >= 1000 else 1}f}" if "us" in result else "-" for name, result in row["candidates"].items()}
+        us = {name: shown_us(result) for name, result in row["candidates"].items()}
         for name, result in row["candidates"].items():
             if "failed" in result:
                 failures.setdefault(f"{name}: {result['failed']}", []).append(f"T={row['tokens']} {row['routing']}")
@@ -392,14 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, metavar="FILE", help="print the table of earlier results, write it and a plot beside them")
     options = parser.parse_args(arguments)
     if options.report:
-        results = json.loads(options.report.read_text())
-        text = table(results)
-        options.report.with_suffix(".md").write_text(text + "\n")
-        print(text)
-        try:
-            plot(results, options.report.with_suffix(".png"))
-        except ModuleNotFoundError:
-            print("no plot: matplotlib is not installed: pip install 'mixtral_ext[bench]'")
+        write_report(options.report, table, plot)
         return
     options.json.parent.mkdir(parents=True, exist_ok=True)
     results = run(Shape(), options.tokens, options.routings, "cuda", save=lambda r: options.json.write_text(json.dumps(r, indent=1) + "\n"))
