@@ -44,7 +44,7 @@ def check_prompt(q, k, v, window, out, lse):
 @pytest.mark.parametrize("device, length, window", [("cpu", 300, 64), ("cpu", 131, None), *LONG])
 @every_kind
 def test_prompt(device, length, window, dtype, head_dim, group):
-    skip_unless_on(device, "sliding_window_attention", dtype)
+    skip_unless_on(device, dtype)
     q, k, v = prompt(device, length, dtype, head_dim, group)
     out, lse = poisoned(q), torch.full((HEADS, length), -77.0, device=device)
     mixtral_ext.sliding_window_attention(q, k, v, window=window, out=(out, lse))
@@ -69,7 +69,7 @@ CACHES = [("cpu", rolling("tiny_ring", 40, 40, (1000, 39, 0))), ("cpu", rolling(
 @every_kind
 def test_decode(device, case, dtype, head_dim, group):
     """Against float64, with what is stored; slots out of sight hold NaN."""
-    skip_unless_on(device, case.op, dtype)
+    skip_unless_on(device, dtype)
     case = RollingAttentionCase(**{**vars(case), "head_dim": head_dim, "key_heads": HEADS // group})
     inputs = case.inputs(dtype, device)
     check_results(case.op, inputs, call(case.op, inputs, "out"), "out")

@@ -106,20 +106,17 @@ def feed(device, chunks, window_size, capacity, starts, slots=(0, 1), ints=False
     ((0, 0), 1),
 ], ids=str)
 def test_prompt_and_decode(device, window_size, capacity, slots, ints):
-    skip_unless_on(device, "rolling_attention", float_on(device))
     starts = (0, 0) if ints or capacity == 1 else (0, 3)
     feed(device, (6, 1, 1, 4, 1, 7), window_size, capacity, starts, slots, ints)
 
 
 @pytest.mark.parametrize("causal, window_size", [(False, (-1, -1)), (False, (3, -1)), (False, (3, 2)), (False, (3, 0)), (True, (3, 5))])
 def test_decode_needs_no_causal(device, causal, window_size):
-    skip_unless_on(device, "rolling_attention", float_on(device))
     feed(device, (1,) * 6, window_size, 9, (3, 2), causal=causal, head_dim=128, num_splits=3)
 
 
 @pytest.mark.parametrize("window_size", [(-1, 0), (2, 0)])
 def test_window_that_ends_at_the_query_is_causal(device, window_size):
-    skip_unless_on(device, "rolling_attention", float_on(device))
     feed(device, (4, 3), window_size, 9, (1, 2), causal=False)
 
 
@@ -127,14 +124,13 @@ def test_window_that_ends_at_the_query_is_causal(device, window_size):
 @pytest.mark.parametrize("rotary_dim", [16, 48, 64])
 @pytest.mark.parametrize("window_size, capacity, ints", [((-1, -1), 16, False), ((-1, -1), 16, True), ((3, 0), 4, False), ((3, 0), 4, True)])
 def test_rotary(device, window_size, capacity, ints, rotary_dim, interleaved):
-    skip_unless_on(device, "rolling_attention", float_on(device))
     cos, sin = tables(device, 16, rotary_dim, float_on(device))
     feed(device, (5, 1, 1, 3, 1), window_size, capacity, (2, 2) if ints else (4, 2), (2, 0), ints, rotary=(cos, sin, interleaved))
 
 
 def test_rotary_tables_of_float32(device):
     dtype = torch.bfloat16
-    skip_unless_on(device, "rolling_attention", dtype)
+    skip_unless_on(device, dtype)
     q, k, v = (x.to(dtype) for x in tokens(device, 1, 3))
     caches = empty_caches(k, 1, 8)
     cos, sin = tables(device, 8, 32, torch.float32)
@@ -158,7 +154,6 @@ def filled(device, slots, capacity, lengths):
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("window_size", [(-1, -1), (0, 0), (5, 0), (9, 0), (11, 0), (12, 0), (50, -1)])
 def test_read_only(device, window_size, queries, how):
-    skip_unless_on(device, "rolling_attention", float_on(device))
     lengths = {"int": (7, 7), "None": (12, 12)}.get(how, (12, 4))
     q, *caches = filled(device, 3, 12, (*lengths, 12))
     before = [x.clone() for x in caches]
@@ -180,7 +175,6 @@ def test_read_only(device, window_size, queries, how):
 
 def test_read_only_of_a_ring_and_batch_indices(device):
     """Sequence b has seen 25 and 13 tokens; its cache of 8 holds the last 8, and its 3 queries see 6 each."""
-    skip_unless_on(device, "rolling_attention", float_on(device))
     q, k, v = tokens(device, 2, 25)
     caches, lengths, slots = empty_caches(k, 3, 8), (25, 13), (2, 1)
     for b, n in enumerate(lengths):
@@ -211,7 +205,6 @@ class OpsOn(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["heads_first", "gaps"])
 def test_strided_caches_are_used_in_place(device, layout):
     """No op but ours sees a cache, and none reads a value from a tensor."""
-    skip_unless_on(device, "rolling_attention", float_on(device))
     q, k, v = tokens(device, 2, 3)
     wholes = [torch.full(shape, 7.0, dtype=k.dtype, device=device)
               for shape in [(3, 2, 10, 64) if layout == "heads_first" else (6, 20, 4, 80)] * 2]
@@ -234,7 +227,6 @@ def test_strided_caches_are_used_in_place(device, layout):
 
 @pytest.mark.parametrize("strided", ["q_k_v_of_one_product", "heads_first"])
 def test_strided_tokens(device, strided):
-    skip_unless_on(device, "rolling_attention", float_on(device))
     q, k, v = tokens(device, 2, 3)
     if strided == "heads_first":
         given = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -272,7 +264,6 @@ def test_without_data():
 @pytest.mark.gpu
 def test_step_in_a_cuda_graph():
     """One captured step with rotary embedding serves every length, past the end of the ring too."""
-    skip_unless_on("cuda", "rolling_attention")
     q, k, v = tokens("cuda", 2, 12)
     cos, sin = tables("cuda", 16, 64, q.dtype)
     q_seen, k_seen = (torch.stack([turn(x, cos[:12], sin[:12], False) for x in both]).to(q.dtype) for both in (q, k))
@@ -374,7 +365,6 @@ def test_refuses_by_name_and_writes_nothing(name):
 
 @pytest.mark.gpu
 def test_on_cuda_what_is_beyond_the_cache_is_dropped():
-    skip_unless_on("cuda", "rolling_attention")
     q, k, v = tokens("cuda", 2, 3)
     caches, expected = empty_caches(k, 2, 8), empty_caches(k, 2, 8)
     for cache, new in zip(expected, (k, v)):
@@ -387,7 +377,6 @@ def test_on_cuda_what_is_beyond_the_cache_is_dropped():
 
 @pytest.mark.gpu
 def test_on_cuda_positions_beyond_the_tables_take_the_last_row():
-    skip_unless_on("cuda", "rolling_attention")
     q, k, v = tokens("cuda", 2, 1)
     caches = empty_caches(k, 2, 8)
     for cache in caches:

@@ -167,7 +167,7 @@ def test_ours_fails_and_the_peers_go_on(monkeypatch, kind):
 
     def bad(q, k, v, k_cache, v_cache, *, out, **rest):
         if kind == "raises":
-            raise RuntimeError("mixtral_rolling_attention: not supported on CUDA yet")
+            raise RuntimeError("mixtral_rolling_attention: CUDA: refused")
         if kind == "not stored":
             k_cache, v_cache = k_cache.clone(), v_cache.clone()
         good(q, k, v, k_cache, v_cache, **rest, out=out)

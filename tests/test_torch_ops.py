@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, form", [(op, form) for op in OPS for form in forms(op)])
 def test_values(op, form, dtype, device):
-    skip_unless_on(device, op, dtype)
+    skip_unless_on(device, dtype)
     for c in small_cases(op, device, dtype):
         inputs = c.inputs(dtype, device)
         got = call(op, inputs, form)
@@ -88,7 +88,6 @@ def defined_bits_equal(op, c, x, y):
 @pytest.mark.parametrize("op", [op for op in OPS if op != "apply_rope"])
 def test_out_with_other_strides(op, device):
     """Float results may have any outer strides; what lies between their rows is not touched."""
-    skip_unless_on(device, op)
     c = case(op, "decode" if op == "rolling_attention" else "plain")
     inputs = c.inputs(torch.bfloat16, device)
     want = call(op, inputs, "out")
@@ -109,7 +108,6 @@ def test_out_with_other_strides(op, device):
 
 @pytest.mark.parametrize("op", ["sliding_window_attention", "rolling_attention"])
 def test_lse_may_be_left_out(op, device):
-    skip_unless_on(device, op)
     c = case(op, "ragged" if op == "sliding_window_attention" else "chunks")
     want = call(op, c.inputs(torch.float32, device), "out")
     out = torch.full_like(want[0], 12345.0)

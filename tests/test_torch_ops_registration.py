@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mixtral_ext
-from op_calls import MUTATED, OPS, as_tuple, call, case, clone, float_on, forms, outputs, same_bits, skip_unless_on, small_cases
+from op_calls import MUTATED, OPS, as_tuple, call, case, clone, float_on, forms, outputs, same_bits, small_cases
 
 NAMES = {"moe_gate": "plain", "moe_sort": "skips", "moe_permute": "plain", "moe_combine": "skips", "grouped_gemm": "gather",
          "grouped_gemm_swiglu": "gather", "moe_experts": "maps_skips", "sliding_window_attention": "batched_keys",
@@ -30,7 +30,6 @@ def arguments(op, form, device):
 
 @pytest.mark.parametrize("op, form", CALLS)
 def test_opcheck(op, form, device):
-    skip_unless_on(device, op)
     overload, kwargs = arguments(op, form, device)
     torch.library.opcheck(overload, (), kwargs)
 
@@ -38,7 +37,6 @@ def test_opcheck(op, form, device):
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_opcheck_with_gradients_wanted(op, device):
     """With inputs that require grad the registration and the fake still hold (backward raises: tested below)."""
-    skip_unless_on(device, op)
     overload, kwargs = arguments(op, "functional", device)
     kwargs = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
               for k, v in kwargs.items()}
@@ -48,7 +46,6 @@ def test_opcheck_with_gradients_wanted(op, device):
 @pytest.mark.parametrize("op, form", CALLS)
 def test_fake_equals_real(op, form, device):
     """Shape, dtype and strides of every result, also for inputs that are not contiguous."""
-    skip_unless_on(device, op)
     if form == "out":
         overload, kwargs = arguments(op, form, device)
         meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
@@ -65,7 +62,6 @@ def test_fake_equals_real(op, form, device):
 @pytest.mark.parametrize("op, form", CALLS)
 def test_compile(op, form, device):
     """fullgraph, static and dynamic shapes: the same bits as eager, and the same changes to the arguments."""
-    skip_unless_on(device, op)
     f, mutated = getattr(mixtral_ext, op), MUTATED.get(op, ())
 
     def step(inputs, out):
@@ -111,7 +107,6 @@ def test_compile_with_other_sizes(device):
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_backward_of_a_functional_op_raises(op, device):
-    skip_unless_on(device, op)
     inputs = case(op, NAMES[op]).inputs(float_on(device), device)
     names = [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
     for name in names:
@@ -127,7 +122,6 @@ def test_backward_of_a_functional_op_raises(op, device):
 
 @pytest.mark.parametrize("op, form", [(op, form) for op, form in CALLS if op in MUTATED or form == "out" and op in DIFFERENTIABLE])
 def test_a_mutating_op_raises_at_once(op, form, device):
-    skip_unless_on(device, op)
     overload, kwargs = arguments(op, form, device)
     name = op if form == "functional" else f"{op}.out"
     for key in [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]:

@@ -1,10 +1,12 @@
 """sliding_window_attention and rolling_attention on the virtual GPU: their lists of cases and edges on both architectures under several
 schedules, which kernel has which rows, what they cost, bad values on the device."""
 import math
+import re
 
 import pytest
 import torch
 
+import c_api
 import vgpu
 from attention_checks import assert_accurate, numpy, same_bits, widened
 from mixtral_bench.cases import CASES, RollingAttentionCase, SlidingWindowAttentionCase
@@ -124,3 +126,336 @@ def test_edges(op, case):
     first = check(vgpu.Gpu(arch=80), op, inputs)
     again = run(vgpu.Gpu(arch=90, seed=1, random_completion=True, sm_count=1), op, inputs)
     assert all(same_bits(a, b) for a, b in zip(again, first))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", (-0.3, -1e4, 1e4, 1e-300))
+@pytest.mark.parametrize("queries", (1, 40))
+def test_scales(queries, scale, dtype):
+    """A negative one turns the order of the scores around; a large one makes the softmax one-hot, the least one flat."""
+    inputs = one(queries, 70, heads=4, window=33).inputs(DTYPES[dtype])
+    inputs["softmax_scale"] = scale
+    got, exact = run(vgpu.Gpu(), SLIDING, inputs), reference.sliding_window_attention(**widened(inputs))
+    torch.testing.assert_close(got[0].double(), exact[0], rtol=2**-7, atol=0.02)
+    torch.testing.assert_close(got[1].double(), exact[1], rtol=1e-5, atol=1e-2)  # scores of 1e5 are good to 1e-2
+
+
+@pytest.mark.parametrize("queries, keys, gone", ((1, 70, 70), (1, 700, 700), (1, 700, 600), (60, 60, 50), (100, 200, 180)))
+def test_scores_of_minus_infinity(queries, keys, gone):
+    """The first keys score -inf: as if they were not there, and a query that sees only such keys gets 0 and -inf."""
+    inputs = one(queries, keys, heads=4).inputs(torch.bfloat16)
+    inputs["q"][..., 5] = 1
+    rest = {**inputs, "k": inputs["k"][gone:], "v": inputs["v"][gone:]}
+    low, exact = reference.sliding_window_attention(**rest), reference.sliding_window_attention(**widened(rest))
+    inputs["k"][:gone, :, 5] = -math.inf
+    out, lse = run(vgpu.Gpu(), SLIDING, inputs)
+    assert_accurate(out, low[0], exact[0])
+    assert_accurate(lse, low[1], exact[1])
+    blind = lse.isneginf().T
+    assert blind.sum() == 4 * min(queries, max(0, gone - keys + queries)) and (out[blind] == 0).all()
+
+
+@pytest.mark.parametrize("queries, keys", ((1, 300), (16, 300), (40, 300)))
+def test_nan_and_infinity_reach_who_sees_them(queries, keys):
+    """As in softmax(scores) @ v. Which other queries a bad value reaches: at most those whose block of rows has one that sees its key."""
+    window, at = 100, keys - 20
+    inputs = one(queries, keys, heads=4, window=window).inputs(torch.bfloat16)
+    position = torch.arange(keys)[-queries:]
+    sees = (position >= at) & (position < at + window)
+    assert sees.any()
+    clean, _ = run(vgpu.Gpu(), SLIDING, inputs)
+    for name, bad in ("k", math.nan), ("v", math.nan), ("v", math.inf):
+        poisoned = {**inputs, name: inputs[name].clone()}
+        poisoned[name][at] = bad
+        out, lse = run(vgpu.Gpu(), SLIDING, poisoned)
+        assert (out[sees].isfinite().logical_not()).all() and lse[:, sees].isnan().all() == (name == "k")
+        tokens = 32 if queries * 4 > 64 else 4  # of a block
+        others = torch.tensor([not sees[i // tokens * tokens:i // tokens * tokens + tokens].any() for i in range(queries)])
+        assert same_bits(out[others], clean[others])
+
+
+def test_lse_is_optional():
+    for case in one(1, 700, heads=4), one(1, 70, heads=4), one(40, 70, heads=4):
+        inputs = case.inputs(torch.bfloat16)
+        expected, _ = run(vgpu.Gpu(), SLIDING, inputs)
+        out = torch.full_like(inputs["q"], math.nan)
+        vgpu.Gpu().call(SLIDING, outputs=("out",), **{name: numpy(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()},
+                        out=numpy(out))
+        assert same_bits(out, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------- bits
+
+
+@ARCHS
+def test_sequences_do_not_depend_on_neighbours(arch):
+    """The same bits alone, though alone one kernel is enough for each."""
+    case = SlidingWindowAttentionCase("", sequences=((1, 700), (9, 9), (60, 75), (1, 3), (17, 500)), heads=4, window=300)
+    inputs, gpu = case.inputs(torch.bfloat16), vgpu.Gpu(arch)
+    out, lse = run(gpu, SLIDING, inputs)
+    q, k = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
+    for b in range(len(case.sequences)):
+        at, of = slice(q[b], q[b + 1]), slice(k[b], k[b + 1])
+        alone = run(gpu, SLIDING, dict(q=inputs["q"][at], k=inputs["k"][of], v=inputs["v"][of], window=300))
+        assert same_bits(alone[0], out[at]) and same_bits(alone[1], lse[:, at])
+
+
+@ARCHS
+@pytest.mark.parametrize("rope_theta", (None, 1e4))
+def test_steps_do_not_depend_on_neighbours(arch, rope_theta):
+    """Of a ragged step, of which a decoding sequence is in a batch of its own: the store before the attention and after it give one result."""
+    case = RollingAttentionCase("", chunks=(1, 5, 40, 1), lengths=(900, 700, 333, 64), capacity=600, window=600, heads=4, rope_theta=rope_theta)
+    inputs, gpu = case.inputs(torch.bfloat16), vgpu.Gpu(arch)
+    out, lse, *caches = run(gpu, ROLLING, inputs)
+    bounds = inputs["cu_seqlens_q"].tolist()
+    for b, n in enumerate(case.chunks):
+        at = slice(bounds[b], bounds[b + 1])
+        alone = {**inputs, **{name: inputs[name][at] for name in "qkv"}, "k_cache": inputs["k_cache"][b:b + 1], "v_cache": inputs["v_cache"][b:b + 1],
+                 "cu_seqlens_q": torch.tensor([0, n]).int(), "cache_lengths": inputs["cache_lengths"][b:b + 1], "max_seqlen_q": n}
+        got = run(gpu, ROLLING, alone)
+        assert same_bits(got[0], out[at]) and same_bits(got[1], lse[:, at])
+        assert all(same_bits(x[0], cache[b]) for x, cache in zip(got[2:], caches))
+
+
+# ---------------------------------------------------------------------------------------------------------------- costs
+
+SPLIT, COMBINE, TILES, CHUNK = "attention_split_kernel", "attention_combine_kernel", "attention_tiles_kernel", "chunk_kernel"
+LEAST_SPAN, MOST_SPANS, SM_COUNT = 256, 64, 4
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def kernels(gpu):
+    return [next(name for name in (SPLIT, COMBINE, TILES, CHUNK) if name in c["kernel"]) for c in gpu.counters]
+
+
+@pytest.mark.parametrize("case, launches", [
+    (one(16, 16, heads=4), [SPLIT]), (one(17, 17, heads=4), [TILES]), (one(16, 257, heads=4), [SPLIT, COMBINE]), (one(1, 9000, heads=4, window=256), [SPLIT]),
+    (one(1, 9000, heads=4, window=257), [SPLIT, COMBINE]), (one(65, 9, heads=1), [TILES]), (one(0, 9), []),
+    (SlidingWindowAttentionCase("ragged", sequences=((70, 70), (1, 300))), [SPLIT, COMBINE, TILES]),
+    (SlidingWindowAttentionCase("ragged_short", sequences=((70, 70), (1, 3))), [SPLIT, TILES]),
+    (SlidingWindowAttentionCase("batched", sequences=((70, 70),) * 2, layout="batched"), [TILES]),
+    (SlidingWindowAttentionCase("batched_split", sequences=((2, 300),) * 2, layout="batched"), [SPLIT, COMBINE]),
+    (RollingAttentionCase("decode", chunks=(1, 1), lengths=(700, 3), capacity=512, window=512), [CHUNK, SPLIT, COMBINE]),
+    (RollingAttentionCase("decode_rope", chunks=(1, 1), lengths=(700, 3), capacity=512, window=512, rope_theta=1e4), [CHUNK, SPLIT, COMBINE]),
+    (RollingAttentionCase("decode_one_span", chunks=(1, 1), lengths=(700, 3), capacity=256, window=256), [CHUNK, SPLIT]),
+    (RollingAttentionCase("decode_read_only", chunks=(1,), lengths=(700,), capacity=512, window=512, read_only=True), [SPLIT, COMBINE]),
+    (RollingAttentionCase("few_tokens", chunks=(2, 1), lengths=(700, 3), capacity=512, window=512, rope_theta=1e4), [CHUNK, SPLIT, COMBINE, CHUNK]),
+    (RollingAttentionCase("prompt", chunks=(70,), lengths=(0,), capacity=256, window=100), [SPLIT, TILES, CHUNK]),
+    (RollingAttentionCase("prompt_rope", chunks=(70, 1), lengths=(0, 900), capacity=512, window=512, rope_theta=1e4),
+     [CHUNK, SPLIT, COMBINE, TILES, CHUNK])], ids=str)
+def test_launches(case, launches):
+    """A decoding step is three at most; which, depends on shapes and declared maxima alone."""
+    gpu = vgpu.Gpu()
+    check(gpu, case.op, case.inputs(torch.bfloat16))
+    assert kernels(gpu) == launches
+
+
+def spans_of(keys):
+    return ceil_div(keys, LEAST_SPAN * ceil_div(max(keys, 1), LEAST_SPAN * MOST_SPANS)) if keys else 1
+
+
+@pytest.mark.parametrize("keys, spans", ((256, 1), (257, 2), (4096, 16), (16384, 64), (16385, 33), (32769, 43)))
+def test_spans(keys, spans):
+    """Of a length alone: at least 256 keys, at most 64. Each leaves the sums of a row, a shift and a sum of weights."""
+    gpu = vgpu.Gpu()
+    run(gpu, SLIDING, one(1, keys, heads=1).inputs(torch.bfloat16))
+    assert spans_of(keys) == spans
+    assert gpu.counters[0]["global_store_bytes"] == (64 * 2 + 4 if spans == 1 else spans * (64 * 4 + 8))
+
+
+def lines(c, text):
+    """Warp instructions of copies, products and selections in lines of source with this text."""
+    sources = {path.name: path.read_text().splitlines() for path in vgpu.CSRC.glob("cuda/**/*") if path.is_file()}
+    return sum(n for where, n in c["executed_by_line"].items()
+               if any(text in sources[name][int(line) - 1] for name, line in re.findall(r"([\w.]+):(\d+)", where)))
+
+
+@ARCHS
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("n, m, group, window", ((128, 128, 1, None), (150, 400, 4, None), (150, 400, 4, 100), (64, 1000, 8, 257), (70, 70, 2, 1)))
+def test_cost_of_tiles(n, m, group, window, head_dim, arch):
+    """By brute force over which query sees which key: q once, of k and v only what some row of a block sees; products only of tiles of keys
+    with such keys; masks only where some row does not see all of the tile; no bank conflict."""
+    gpu = vgpu.Gpu(arch)
+    run(gpu, SLIDING, one(n, m, heads=group, head_dim=head_dim, window=window).inputs(torch.bfloat16))
+    c, = gpu.counters
+    query, key = torch.arange(n)[:, None] + m - n, torch.arange(ceil_div(m, 64) * 64)[None]
+    sees = (key <= query) & (key > query - (window or m)) & (key < m)
+    row = sees.repeat_interleave(group, 0)
+    loaded, flops, masked, tiles = 0, 0, 0, 0
+    for first in range(0, n * group, 128):
+        block = row[first:first + 128]
+        loaded += int(block.any(0).sum())
+        warps = ceil_div(len(block), 32)
+        for t in block.split(64, 1):
+            tiles += bool(t.any())
+            flops += bool(t.any()) * warps * 32 * 64 * head_dim * 4
+            masked += bool(t.any() and not t.all()) * warps
+    assert c["async_load_bytes"] == (n * group + 2 * loaded) * head_dim * 2
+    assert c["matrix_flops"] == flops
+    assert lines(c, "mask.sees(") == masked * 64  # scores of a thread
+    assert c["barriers"] == 4 * (2 * tiles + 2 * ceil_div(n * group, 128))
+    assert c["shared_conflicts"] == 0, c["conflicts_by_line"]
+    assert c["global_store_bytes"] == n * group * (head_dim * 2 + 4)
+    if window:  # as many tiles as the formula says, and of them two or three with a mask
+        tokens = 128 // group
+        assert tiles <= ceil_div(n * group, 128) * (ceil_div(min(window, m) + tokens - 1, 64) + 1)
+
+
+@ARCHS
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("length, capacity, window, group", ((300, 512, 512, 4), (5000, 1024, 1024, 4), (700, 600, 555, 16), (50, 64, 64, 1), (999, 1000, 999, 2)))
+def test_cost_of_decoding(length, capacity, window, group, head_dim, arch):
+    """Keys and values once for the group, q once a warp; sums of a span out and back; masks at the end of the keys alone."""
+    gpu, key_heads = vgpu.Gpu(arch), 2
+    run(gpu, ROLLING, RollingAttentionCase("", chunks=(1,), lengths=(length,), capacity=capacity, window=window, heads=2 * group, key_heads=2,
+                                           head_dim=head_dim).inputs(torch.bfloat16))
+    keys = min(length + 1, window)
+    spans, rows = spans_of(keys), group * key_heads
+    chunk, split, *combine = gpu.counters
+    assert chunk["global_store_bytes"] == 2 * key_heads * head_dim * 2
+    assert split["async_load_bytes"] == key_heads * keys * head_dim * 4
+    assert split["matrix_flops"] == key_heads * ceil_div(keys, 16) * 16 * 16 * head_dim * 4
+    assert lines(split, "mask.sees(") == (key_heads * 8 if keys % 16 else 0)
+    assert all("shared.sums" in text or "float2 *to" in text for text in conflicts(split)), split["conflicts_by_line"]
+    assert split["blocks"] == min(2 * SM_COUNT, spans * key_heads)
+    out = rows * (head_dim * 2 + 4)
+    partial = rows * spans * (head_dim * 4 + 8)
+    if spans == 1:
+        assert split["global_store_bytes"] == out and not combine
+    else:
+        assert split["global_store_bytes"] == partial
+        assert combine[0]["global_store_bytes"] == out and combine[0]["blocks"] == min(8 * SM_COUNT, ceil_div(rows, 4))
+
+
+def conflicts(c):
+    sources = {path.name: path.read_text().splitlines() for path in vgpu.CSRC.glob("cuda/**/*") if path.is_file()}
+    return [sources[name][int(line) - 1] for where in c["conflicts_by_line"] for name, line in re.findall(r"([\w.]+):(\d+)", where)[:1]]
+
+
+def test_resources():
+    """Nothing spills; a tile's sums, scores and fragments are in registers. 128 threads with 255 of them fit an SM twice."""
+    found = {}
+    for ptx in vgpu.Gpu.library_ptx():
+        if "attention_" in ptx:
+            for name, r in vgpu.resources(ptx).items():
+                if match := re.search(rf"({TILES}|{SPLIT}|{COMBINE}).*Li(64|128)E", name):
+                    found.setdefault((match[1], int(match[2])), []).append(r)
+    held = {(TILES, 64): 64 + 64 + 24, (TILES, 128): 128 + 64 + 24, (SPLIT, 64): 32 + 16 + 8, (SPLIT, 128): 64 + 32 + 8, (COMBINE, 64): 0, (COMBINE, 128): 0}
+    assert found.keys() == held.keys()
+    for kernel, all_of in found.items():
+        assert len(all_of) == 4  # two dtypes, two architectures
+        for r in all_of:
+            assert r["spills"] == 0 and r["shared_bytes"] == 0 and held[kernel] < r["registers"] <= (64 if kernel[0] == COMBINE else 255), (kernel, r)
+
+
+# --------------------------------------------------------------------------------------------- bad values on the device
+
+BIG = 2**31 - 1
+
+
+def clamped(offsets, tokens):
+    """The rule: the running maximum of the offsets, each clamped to what there is."""
+    return torch.tensor(offsets).clamp(0, tokens).cummax(0).values.int()
+
+
+@pytest.mark.parametrize("name", ("cu_seqlens_q", "cu_seqlens_k"))
+@pytest.mark.parametrize("values", ((1, 80, 90), (0, 80, 70), (0, BIG, BIG), (-BIG - 1, 75, 90), (0, -5, 90), (90, 0, 0), (-1, -1, -1), (0, 80, 1000)), ids=str)
+def test_bad_bounds(name, values):
+    """90 tokens in two sequences. Nothing is read or written out of range, and the result is that of the clamped bounds."""
+    case = SlidingWindowAttentionCase("", sequences=((80, 80), (10, 10)), heads=2, window=60, maxima=False)
+    inputs = case.inputs(torch.bfloat16)
+    bad = {**inputs, name: torch.tensor(values).int()}
+    good = {**inputs, name: clamped(values, 90)}
+    low, exact = reference.sliding_window_attention(**good), reference.sliding_window_attention(**widened(good))
+    for value, rounded, wide in zip(run(vgpu.Gpu(), SLIDING, bad), low, exact):
+        assert (value[wide.isnan()] == UNTOUCHED).all()
+        assert_accurate(value[~wide.isnan()], rounded[~wide.isnan()], wide[~wide.isnan()])
+
+
+def test_longer_than_declared():
+    """Tokens beyond max_seqlen_q are left alone; the workspace is that of the declared maxima."""
+    for longest, n in ((3, 9), (1, 9), (20, 90)):
+        inputs = SlidingWindowAttentionCase("", sequences=((n, 600), (1, 600)), heads=4).inputs(torch.bfloat16) | {"max_seqlen_q": longest}
+        out, lse = run(vgpu.Gpu(), SLIDING, inputs)
+        assert (out[longest:n] == UNTOUCHED).all() and (lse[:, longest:n] == UNTOUCHED).all()
+        assert (out[:longest] != UNTOUCHED).any(-1).all() and (out[n] != UNTOUCHED).any(-1).all()
+
+
+@pytest.mark.parametrize("start, length", ((-1, 20), (31, 5), (BIG, BIG), (-BIG - 1, -BIG - 1), (10, 21), (3, -1), (0, BIG)))
+def test_bad_key_ranges(start, length):
+    """30 keys each; the second sequence's range is bad."""
+    case = SlidingWindowAttentionCase("", sequences=((20, 30),) * 2, heads=4, layout="batched", window=9)
+    inputs = case.inputs(torch.bfloat16)
+    first = min(max(start, 0), 30)
+    ranges = dict(k_start=torch.tensor([2, first]).int(), k_length=torch.tensor([20, min(max(length, 0), 30 - first)]).int())
+    low, exact = (reference.sliding_window_attention(**x, **ranges) for x in (inputs, widened(inputs)))
+    got = run(vgpu.Gpu(), SLIDING, {**inputs, "k_start": torch.tensor([2, start]).int(), "k_length": torch.tensor([20, length]).int()})
+    for value, rounded, wide in zip(got, low, exact):
+        assert_accurate(value, rounded, wide)
+
+
+@pytest.mark.parametrize("rope_theta", (None, 1e4))
+@pytest.mark.parametrize("chunks", ((1, 1, 1), (40, 1, 3)), ids=str)
+@pytest.mark.parametrize("slot", (-1, 4, BIG, -BIG - 1))
+def test_bad_slots_are_skipped(slot, chunks, rope_theta):
+    case = RollingAttentionCase("", chunks=chunks, lengths=(20, 500, 90), capacity=300, window=290, heads=4, slots=4, cache_slots=(3, 0, 1),
+                                rope_theta=rope_theta)
+    inputs, gpu = case.inputs(torch.bfloat16), vgpu.Gpu()
+    whole = run(gpu, ROLLING, inputs)
+    inputs["cache_slots"][1] = slot
+    out, lse, *caches = run(gpu, ROLLING, inputs)
+    skipped = slice(chunks[0], chunks[0] + chunks[1])
+    assert (out[skipped] == UNTOUCHED).all() and (lse[:, skipped] == UNTOUCHED).all()
+    out[skipped], lse[:, skipped] = whole[0][skipped], whole[1][:, skipped]
+    assert same_bits(out, whole[0]) and same_bits(lse, whole[1])
+    for cache, given, other in zip(caches, (inputs["k_cache"], inputs["v_cache"]), whole[2:]):
+        assert same_bits(cache[0], given[0]) and same_bits(cache[1:], other[1:])
+
+
+@pytest.mark.parametrize("chunks", ((1, 1), (40, 1)), ids=str)
+@pytest.mark.parametrize("length", (-1, -BIG - 1, BIG, 101))
+def test_bad_lengths(length, chunks):
+    """They count as 0 or as the declared maximum, 100."""
+    case = RollingAttentionCase("", chunks=chunks, lengths=(20, 100), capacity=130, window=101, heads=4)
+    inputs, gpu = case.inputs(torch.bfloat16), vgpu.Gpu()
+    inputs["cache_lengths"][0] = min(max(length, 0), 100)
+    if length > 0:
+        inputs["k_cache"][0], inputs["v_cache"][0] = inputs["k_cache"][1], inputs["v_cache"][1]
+    good = run(gpu, ROLLING, inputs)
+    inputs["cache_lengths"][0] = length
+    assert all(same_bits(a, b) for a, b in zip(run(gpu, ROLLING, inputs), good))
+
+
+@pytest.mark.parametrize("chunks", ((1, 1), (40, 2)), ids=str)
+@pytest.mark.parametrize("read_only", (False, True))
+def test_more_than_a_cache_without_a_window_holds(chunks, read_only):
+    """Lengths beyond what was declared: the device stores nothing beyond the last place, and reads nothing there."""
+    case = RollingAttentionCase("", chunks=chunks, lengths=(10, 3), capacity=60, window=None, heads=4, read_only=read_only)
+    inputs = case.inputs(torch.bfloat16)
+    inputs["k_cache"].nan_to_num_(0.5), inputs["v_cache"].nan_to_num_(0.5)
+    inputs["cache_lengths"][0] = 59
+    inputs["max_cache_length"] = 60 - max(chunks)
+    out, lse, *caches = run(vgpu.Gpu(), ROLLING, inputs)
+    assert out.isfinite().all() and lse.isfinite().all()
+    stored = 0 if read_only else 60 - inputs["max_cache_length"]
+    for cache, given, new in zip(caches, (inputs["k_cache"], inputs["v_cache"]), "kv"):
+        assert same_bits(cache[0, :60 - stored], given[0, :60 - stored])
+        assert read_only or same_bits(cache[0, 60 - stored:], inputs[new][:stored])
+
+
+@pytest.mark.parametrize("changes, match", [
+    (dict(window=0, max_cache_length=-1), "max_cache_length: expected a value of 0 or more on CUDA without a window, got -1"),
+    (dict(window=0, max_seqlen_q=0), "max_seqlen_q: expected a value of 1 or more on CUDA without a window, got 0"),
+    (dict(window=0, max_cache_length=59), r"max_cache_length: expected max_cache_length \+ max_seqlen_q <= 60 \(capacity\) without a window, got 59 \+ 2"),
+    (dict(k=None, v=None, max_seqlen_q=0), "max_seqlen_q: expected a value of 1 or more on CUDA without k and v, got 0"),
+    (dict(k=None, v=None), r"window: expected window \+ max_seqlen_q - 1 <= 60 \(capacity\) without k and v, got 60 \+ 2 - 1")])
+def test_refused(changes, match):
+    """What the host can see, before anything is written."""
+    inputs = RollingAttentionCase("", chunks=(2, 1), lengths=(10, 3), capacity=60, window=60, heads=4).inputs(torch.bfloat16) | changes
+    with pytest.raises(c_api.MixtralError, match=match) as error:
+        run(vgpu.Gpu(), ROLLING, inputs)
+    assert error.value.status == c_api.INVALID_ARGUMENT

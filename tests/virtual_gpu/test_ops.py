@@ -92,11 +92,11 @@ def test_every_statement_is_covered():
 
 
 def test_resources():
-    """No kernel spills; rope's 32 bytes of stack are the range reduction of sinf and cosf. A product's accumulators need more registers
-    (test_grouped_kernels.py)."""
+    """No kernel spills; rope's 32 bytes of stack are the range reduction of sinf and cosf. Accumulators need more registers
+    (test_grouped_kernels.py, test_attention_kernels.py)."""
     for ptx in vgpu.Gpu().library_ptx():
         for name, r in vgpu.resources(ptx).items():
-            most = 255 if "grouped_gemm" in name else 128
+            most = 255 if "grouped_gemm" in name or "attention_" in name else 128
             assert r["spills"] == 0 and r["registers"] <= most and not r["wgmma_warnings"], (name, r)
 
 
