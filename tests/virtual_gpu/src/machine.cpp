@@ -569,8 +569,8 @@ void Launch::finish() {
     const Inst &in = program->code[i];
     counters.warp_instructions[(size_t)in.klass] += executions[i];
     counters.thread_instructions[(size_t)in.klass] += lane_executions[i];
-    const bool select = in.statement && in.statement->parts[0] == "selp";
-    if (in.klass == Class::kMatrix || in.klass == Class::kAsync || select) counters.executed_by_line[program->where(in)] += executions[i];
+    if (in.klass == Class::kMatrix || in.klass == Class::kAsync) counters.executed_by_line[program->where(in)] += executions[i];
+    if (in.statement && in.statement->parts[0] == "selp") counters.selections_by_line[program->where(in)] += executions[i];
     if (in.klass == Class::kBarrier) counters.barriers += executions[i];
   }
   clusters.clear();

@@ -74,6 +74,7 @@ std::string counters_json(const std::vector<Counters> &all) {
     number("barriers", c.barriers);
     table("conflicts_by_line", c.conflicts_by_line);
     table("executed_by_line", c.executed_by_line);
+    table("selections_by_line", c.selections_by_line);
     table("stale_loads_by_line", c.stale_loads_by_line);
     out += "}";
   }

@@ -38,7 +38,8 @@ struct Counters {
   std::map<std::string, uint64_t> conflicts_by_line;
   std::map<std::string, uint64_t> stale_loads_by_line;   // strong loads that did not return the newest value
   uint64_t barriers = 0;
-  std::map<std::string, uint64_t> executed_by_line;      // warp instructions of the matrix and async classes and selp, by source line
+  std::map<std::string, uint64_t> executed_by_line;      // warp instructions of the matrix and async classes, by source line
+  std::map<std::string, uint64_t> selections_by_line;    // and of selp
 };
 
 std::string counters_json(const std::vector<Counters> &all);
