@@ -331,3 +331,39 @@ def test_other_dtypes_are_refused_before_anything_is_read(tmp_path, peer, dtype)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=f"dtype: expected torch.float32, torch.bfloat16, torch.float16 or None, got {dtype!r}"):
         Model.load(tmp_path, dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("device, message", [
+    ("meta", "device: expected cpu or cuda, got 'meta'"),
+    ("gpu", "device: expected cpu or cuda, got 'gpu'"),
+    (None, "device: expected cpu or cuda, got None"),
+    ("cuda", "device: cuda is not there: torch .* sees 0 NVIDIA GPUs"),
+])
+def test_other_devices_are_refused_before_anything_is_read(tmp_path, peer, monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    write(tmp_path, peer)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=message):
+        Model.load(tmp_path, device=device)
+
+
+def test_a_gpu_takes_no_float32(tmp_path, peer, monkeypatch):
+    """Neither the checkpoint's nor one that is asked for; nothing is moved before that is known."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ModelError, match="device: cuda:2 is not there: torch .* sees 2 NVIDIA GPUs"):
+        Model.load(write(tmp_path, peer), device="cuda:2")
+    for dtype in (None, torch.float32):
+        with pytest.raises(ModelError, match="dtype: expected torch.bfloat16 or torch.float16 on cuda:1, got torch.float32"):
+            Model.load(tmp_path, dtype, device=torch.device("cuda", 1))
+
+
+def test_a_gpu_that_is_too_small(tmp_path, peer, monkeypatch):
+    def tensor(self, name):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mixtral_model.weights.Checkpoint.tensor", tensor)
+    with pytest.raises(ModelError, match="weights: 0.0 GB in torch.float32 do not fit into the memory of cpu"):
+        Model.load(write(tmp_path, peer))

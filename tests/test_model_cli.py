@@ -99,10 +99,12 @@ def test_stops_at_the_tokenizers_end_of_sequence(tmp_path, capsys):
     ([], "no prompt: give --prompt or --prompt-file"),
     (["--prompt", "x\udcff"], r"text: expected a str that UTF-8 can encode, got 'x\\udcff'"),
     (["--prompt", "x", "--temperature", "-1"], "temperature: expected a finite number of at least 0, got -1.0"),
+    (["--prompt", "x", "--device", "cuda"], "device: cuda is not there: torch .* sees 0 NVIDIA GPUs"),
     (["--prompt", "x", "--chunk-size", "0"], "chunk_size: expected an integer of at least 1, got 0"),
     (["--prompt", "x", "--seed", str(2**63)], r"seed: expected an integer from 0 to 2\*\*63 - 1, got 9223372036854775808"),
 ])
-def test_errors_have_a_message_and_no_traceback(checkpoint, arguments, message):
+def test_errors_have_a_message_and_no_traceback(checkpoint, arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit, match=message):
         main(["generate", "--checkpoint", str(checkpoint), *arguments])
 
@@ -180,14 +182,30 @@ def test_a_prompt_file_that_is_not_text(checkpoint, tmp_path):
         main(["generate", "--checkpoint", str(checkpoint), "--prompt-file", str(tmp_path / "binary")])
 
 
-def test_demo_on_a_smaller_scale(tmp_path, capsys, monkeypatch):
+def test_other_devices_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="device: cuda is not there"):
+        main(["demo", "--output", str(tmp_path / "demo"), "--device", "cuda"])
+    assert not (tmp_path / "demo").exists()
+    with pytest.raises(SystemExit):
+        main(["generate", "--checkpoint", "x", "--device", "tpu"])
+    assert "argument --device: invalid choice: 'tpu'" in capsys.readouterr().err
+
+
+def test_demo_on_a_smaller_scale(tmp_path, capsys, monkeypatch, device):
+    for module in ("mistral_common", "matplotlib"):  # a machine with a GPU need not have them
+        pytest.importorskip(module)
     monkeypatch.setattr(demo, "CONFIG", demo.CONFIG | dict(hidden_size=128, intermediate_size=128, num_hidden_layers=2,
                                                            num_attention_heads=4, sliding_window=32))
     monkeypatch.setattr(demo, "PROMPT_TOKENS", 128)
     monkeypatch.setattr(demo, "NEW_TOKENS", 8)
-    main(["demo", "--output", str(tmp_path)])
+    main(["demo", "--output", str(tmp_path), "--device", device])
     output = capsys.readouterr().out
-    assert "128 tokens, 4 windows" in output and "8 of 8" in output and "decode, bf16" in output
+    assert "128 tokens, 4 windows" in output and "decode, bf16" in output
+    assert ("8 of 8" if device == "cpu" else "median error of log-probabilities") in output
     assert (tmp_path / "expert_load.png").stat().st_size > 1000
     loads = [line.split()[2:] for line in output.splitlines() if line.startswith("layer ")]
     assert len(loads) == 2 and all(sum(map(float, row)) == pytest.approx(100, abs=0.5) for row in loads)
+    directory = tmp_path / "checkpoint"
+    ours, theirs = demo._bf16_errors(directory, torch.device(device), list(range(3, 131)))
+    assert 0 < ours <= 2 * theirs < 0.1

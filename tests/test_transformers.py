@@ -10,6 +10,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 
 import mixtral_ext
 from mixtral_ext.integrations import transformers as integration
+from op_calls import float_on
 
 VOCAB = 101
 FAMILIES = ["mixtral", "mistral"]
@@ -49,7 +50,7 @@ def make_model(family, window, head_dim=64):
 
 
 def ours(model, attention="mixtral_ext"):
-    """A copy on our ops, or on our experts and an attention of torch's (so far the only one on CUDA)."""
+    """A copy on our ops, or on our experts and an attention of torch's."""
     model = copy.deepcopy(model)
     model.set_attn_implementation(attention)
     if model.config.model_type == "mixtral":
@@ -186,7 +187,8 @@ def test_generate_with_a_compiled_step():
     assert len(graphs) == 1 and all(graphs[0].count(f"{op}(") == 2 for op in ("moe_experts", "sliding_window_attention"))
 
 
-def test_generate_with_a_compiled_step_of_our_experts_alone(device):
+@pytest.mark.parametrize("attention", ["mixtral_ext", "sdpa"])
+def test_generate_with_a_compiled_step_in_bf16(attention, device):
     """Same tokens as without compilation, from one graph."""
     graphs = []
 
@@ -194,7 +196,7 @@ def test_generate_with_a_compiled_step_of_our_experts_alone(device):
         graphs.append(graph.code)
         return graph
 
-    model = ours(make_model("mixtral", None), "sdpa").to(device, torch.bfloat16)
+    model = ours(make_model("mixtral", None), attention).to(device, torch.bfloat16)
     ids, mask = (t.to(device) for t in prompts("left"))
     compiled = CompileConfig(backend=backend, mode=None, dynamic=False, fullgraph=True)
     compiled._compile_all_devices = True
@@ -203,6 +205,7 @@ def test_generate_with_a_compiled_step_of_our_experts_alone(device):
     tokens = model.generate(**arguments, compile_config=compiled)
     assert torch.equal(tokens, model.generate(**arguments, disable_compile=True))
     assert len(graphs) == 1 and graphs[0].count("moe_experts(") == 2
+    assert graphs[0].count("sliding_window_attention(") == (2 if attention == "mixtral_ext" else 0)
 
 
 def step_by_step(model, ids, mask, cache, chunks):
@@ -340,13 +343,13 @@ def test_sequence_of_padding_only():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_error(family):
+def test_bf16_error(family, device):
     """Logits of given tokens are no further from float64 than twice eager's own error in bf16."""
-    model = make_model(family, 24)
+    model = make_model(family, 24).to(device)
     if family == "mixtral":
         for layer in model.model.layers:
             layer.mlp.gate.weight.data *= 8  # clear-cut routing: rounding hardly ever changes an expert
-    ids = torch.randint(2, VOCAB, (8, 64), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(2, VOCAB, (8, 64), generator=torch.Generator().manual_seed(2)).to(device)
     low = copy.deepcopy(model).bfloat16()
     with torch.no_grad():
         expected = copy.deepcopy(low).double()(input_ids=ids).logits
@@ -355,8 +358,9 @@ def test_bf16_error(family):
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_bf16_error_of_our_experts_alone(device, window):
-    """A model on torch's attention and our experts. Sequences in which rounding is likely to change an expert are left out."""
+@pytest.mark.parametrize("attention", ["mixtral_ext", "sdpa"])
+def test_bf16_error_of_clear_sequences(attention, window, device):
+    """Sequences in which rounding is likely to change an expert are left out."""
     model = make_model("mixtral", window).bfloat16().to(device)
     ids = torch.randint(2, VOCAB, (256, 12), generator=torch.Generator().manual_seed(2)).to(device)
     exact = copy.deepcopy(model).double()
@@ -364,11 +368,63 @@ def test_bf16_error_of_our_experts_alone(device, window):
         routers = torch.stack(exact(input_ids=ids, output_router_logits=True).router_logits)
         ids = ids[is_clear(routers).view(-1, *ids.shape).all(0).all(1)]
         assert len(ids) >= 16
-        assert_no_worse(ours(model, "sdpa")(input_ids=ids).logits, model(input_ids=ids).logits, exact(input_ids=ids).logits)
+        assert_no_worse(ours(model, attention)(input_ids=ids).logits, model(input_ids=ids).logits, exact(input_ids=ids).logits)
+
+
+@torch.no_grad()
+def exact_logits(model, ids, mask):
+    """Of the tokens that are not padding: float64, each prompt by itself (eager's rows of padding are NaN in float64)."""
+    exact = copy.deepcopy(model).double()
+    return torch.cat([exact(input_ids=row[seen][None]).logits[0] for row, seen in zip(ids, mask.bool())])
+
+
+LOW = pytest.mark.parametrize("head_dim, dtype", [(64, torch.bfloat16), (128, torch.float16)], ids=["bf16", "f16"])
+
+
+@LOW
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("padding", ["left", "right", "both"])
+def test_error_with_padding(padding, window, head_dim, dtype, device):
+    model = make_model("mistral", window, head_dim).to(device, dtype)
+    ids, mask = (t.to(device) for t in prompts(padding))
+    with torch.no_grad():
+        actual, low = (m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (ours(model), model))
+    assert_no_worse(actual, low, exact_logits(model, ids, mask))
+
+
+@LOW
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("static", [False, True])
+def test_error_through_a_cache(static, window, head_dim, dtype, device):
+    """Our logits of chunks and single tokens, beside eager's of the whole prompts without a cache."""
+    model = make_model("mistral", window, head_dim).to(device, dtype)
+    ids, mask = (t.to(device) for t in prompts("left"))
+    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    actual = step_by_step(ours(model), ids, mask, cache, (7, 6, 1, 1, 1))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        low = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert_no_worse(actual[mask.bool()], low[mask.bool()], exact_logits(model, ids, mask))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("static", [False, True])
+def test_attention_waits_for_nothing(static):
+    """The mask is looked at once per forward pass, before the layers."""
+    query, key, value = (torch.randn(3, heads, n, 64, device="cuda").bfloat16() for heads, n in ((4, 5), (2, 24), (2, 24)))
+    mask = prompts("left", lengths=(16, 9, 12) if static else (24, 9, 12))[1].cuda()
+    ranges = integration.key_ranges(3, 5, 24, q_offset=mask.shape[1] - 5, attention_mask=mask)
+    first, _ = integration.attention(SimpleNamespace(), query, key, value, ranges, sliding_window=6)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again, _ = integration.attention(SimpleNamespace(), query, key, value, ranges, sliding_window=6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again) and first.abs().sum() > 0
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_keys_and_values_are_not_copied(monkeypatch, window):
+def test_keys_and_values_are_not_copied(monkeypatch, window, device):
     """The op reads the cache's own memory, and nothing on the way copies a tensor of more than B elements."""
     op, pointers = mixtral_ext.sliding_window_attention, []
 
@@ -377,19 +433,21 @@ def test_keys_and_values_are_not_copied(monkeypatch, window):
         return op(q, k, v, **arguments)
 
     monkeypatch.setattr(mixtral_ext, "sliding_window_attention", recorded)
-    query = torch.randn(3, 5, 4, 64).transpose(1, 2)  # as a projection leaves it
-    key, value = torch.randn(2, 3, 2, 24, 64)  # a static cache
-    ranges = integration.key_ranges(3, 5, 24, q_offset=torch.tensor(11), attention_mask=prompts("left")[1].bool())
+    dtype = float_on(device)
+    query = torch.randn(3, 5, 4, 64, device=device, dtype=dtype).transpose(1, 2)  # as a projection leaves it
+    key, value = torch.randn(2, 3, 2, 24, 64, device=device, dtype=dtype)  # a static cache
+    ids, mask = (t.to(device) for t in prompts("left"))
+    ranges = integration.key_ranges(3, 5, 24, q_offset=torch.tensor(11), attention_mask=mask.bool())
     ranges = ranges.contiguous()  # as generate does
-    with torch.profiler.profile(record_shapes=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         integration.attention(SimpleNamespace(), query, key, value, ranges, sliding_window=window)
     assert pointers == [(query.data_ptr(), key.data_ptr(), value.data_ptr())]
     copies = [e for e in profile.events() if e.name in ("aten::copy_", "aten::clone", "aten::_to_copy")]
     assert all(e.input_shapes[0] == [3] for e in copies), [(e.name, e.input_shapes) for e in copies]
 
-    model = ours(make_model("mistral", window))
+    model = ours(make_model("mistral", window)).to(device, dtype)
     cache = StaticCache(config=model.config, max_cache_len=16)
-    step_by_step(model, *prompts("left"), cache, (15, 1))
+    step_by_step(model, ids, mask, cache, (15, 1))
     assert [p[1:] for p in pointers[-2:]] == [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
 
 

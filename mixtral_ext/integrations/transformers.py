@@ -4,7 +4,7 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="mixtral_ext", attn_implementation="mixtral_ext")
 
-On CUDA only the experts so far, in bfloat16 or float16: take another attn_implementation there, such as "sdpa".
+On CUDA in bfloat16 or float16. A forward pass waits for the GPU where it checks its mask; the layers do not.
 
 Masks: padding on the left, on the right or on both sides, full and sliding windows, any of transformers' caches. A
 mask with padding between tokens (even before the window), a 4-D mask, packed sequences, bidirectional attention and

@@ -11,7 +11,8 @@ from .generate import Speed, check_request, generate
 from .model import Model
 from .tokenizer import TextStream, Tokenizer
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DEVICE = dict(choices=("cpu", "cuda"), default="cpu", help="cuda: an NVIDIA GPU, in bf16 or f16 (default: cpu)")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--chunk-size", type=int, default=2048, help="prompt tokens per pass and prompt")
     command.add_argument("--logprobs", action="store_true", help="print log-probabilities of prompt and new tokens")
     command.add_argument("--dtype", choices=DTYPES, help="default: that of the checkpoint")
+    command.add_argument("--device", **DEVICE)
 
     command = commands.add_parser("inspect", help="configuration, parameters and cache bytes; needs no weights")
     command.set_defaults(run=_inspect)
@@ -39,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("demo", help="a small seeded Mixtral on a long text, beside transformers")
     command.set_defaults(run=_demo)
     command.add_argument("--output", default="demo", metavar="DIR", help="for the checkpoint and the plot (default: demo)")
+    command.add_argument("--device", **DEVICE)
 
     arguments = parser.parse_args(argv)
     try:
@@ -79,7 +82,7 @@ def _generate(arguments) -> None:
         def on_tensor(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
-        model = Model.load(arguments.checkpoint, DTYPES.get(arguments.dtype), on_tensor)
+        model = Model.load(arguments.checkpoint, DTYPES.get(arguments.dtype), on_tensor, arguments.device)
 
     stream = TextStream(tokenizer, prompts[0])
     bar = tqdm(desc="prefill", total=sum(map(len, prompts)), unit=" tokens", leave=False)
@@ -133,7 +136,7 @@ def _size(n: int) -> str:
 
 def _demo(arguments) -> None:
     from .demo import demo
-    demo(arguments.output)
+    demo(arguments.output, arguments.device)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from .config import ModelError, read_config
 from .generate import Speed, generate
 from .model import Model
 from .tokenizer import TextStream, Tokenizer
+from .weights import find_device
 
 CONFIG = dict(architectures=["MixtralForCausalLM"], model_type="mixtral", vocab_size=32000, hidden_size=512,
               intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
@@ -21,10 +22,12 @@ CONFIG = dict(architectures=["MixtralForCausalLM"], model_type="mixtral", vocab_
               tie_word_embeddings=False, dtype="float32", bos_token_id=1, eos_token_id=None)
 PROMPT_TOKENS = 2048  # eight windows
 NEW_TOKENS = 64
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
-def demo(output: str | Path) -> None:
-    output = Path(output)
+def demo(output: str | Path, device: str = "cpu") -> None:
+    output, device = Path(output), find_device(device)
+    first, *more = DTYPES if device.type == "cpu" else ("bf16",)
     directory = output / "checkpoint"
     write_checkpoint(directory)
     config, tokenizer = read_config(directory), Tokenizer(directory)
@@ -36,36 +39,47 @@ def demo(output: str | Path) -> None:
 
     print("..." + tokenizer.decode(prompt[-60:]) + " >>> ", end="", flush=True)
     stream = TextStream(tokenizer, prompt)
-    load = torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64)
-    tokens, speed = _run(directory, torch.float32, prompt, lambda token: print(stream.push(token), end="", flush=True), load)
+    load = torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64, device=device)
+    tokens, speed = _run(directory, first, device, prompt, lambda token: print(stream.push(token), end="", flush=True), load)
     print(stream.flush() + "\n")
+    load = load.cpu()
     _show_load(load, output)
 
+    size = DTYPES[first].itemsize
     rows = [("prompt read through the window", f"{len(prompt)} tokens, {windows}", ""),
-            ("key/value cache, f32", f"{config.cache_bytes(config.window, 4) / 1e6:.1f} MB",
-             f"{config.cache_bytes(len(prompt) + NEW_TOKENS, 4) / 1e6:.1f} MB without a window"),
+            (f"key/value cache, {first}", f"{config.cache_bytes(config.window, size) / 1e6:.1f} MB",
+             f"{config.cache_bytes(len(prompt) + NEW_TOKENS, size) / 1e6:.1f} MB without a window"),
             ("busiest expert, mean over layers", f"{(load.amax(1) / load.sum(1)).mean():.1%} of the rows",
              f"{1 / config.num_experts:.1%} if even")]
-    peer, their_tokens = "", tokens
-    speeds = {"f32": (speed, None)}
+    peer, failure = "", None
+    speeds = {first: (speed, None)}
     try:
         import transformers
     except ImportError:
         print("transformers is not installed: no comparison (pip install 'mixtral_ext[bench]')\n")
     else:
         peer = "transformers " + transformers.__version__
-        print(f"The same files and prompt through {peer} in f32, then both in bf16 ...", flush=True)
-        their_tokens, their_speed = _run_transformers(directory, torch.float32, prompt)
-        rows.append(("greedy tokens equal, f32", f"{sum(a == b for a, b in zip(tokens, their_tokens))} of {NEW_TOKENS}", ""))
-        speeds = {"f32": (speed, their_speed), "bf16": (_run(directory, torch.bfloat16, prompt)[1],
-                                                        _run_transformers(directory, torch.bfloat16, prompt)[1])}
+        print(f"The same files and prompt through {peer} in {first}{', then both in bf16' if more else ''} ...", flush=True)
+        their_tokens, their_speed = _run_transformers(directory, first, device, prompt)
+        speeds[first] = speed, their_speed
+        for dtype in more:
+            speeds[dtype] = _run(directory, dtype, device, prompt)[1], _run_transformers(directory, dtype, device, prompt)[1]
+        if first == "f32":
+            rows.append(("greedy tokens equal, f32", f"{sum(a == b for a, b in zip(tokens, their_tokens))} of {NEW_TOKENS}", ""))
+            if tokens != their_tokens:
+                failure = f"greedy tokens in f32 differ from those of {peer}"
+        else:  # rounding may change the likeliest token
+            ours, theirs = _bf16_errors(directory, device, prompt)
+            rows.append(("median error of log-probabilities", f"{ours:.2g}", f"{theirs:.2g} (both bf16, from its f32)"))
+            if not ours <= 2 * theirs:
+                failure = f"log-probabilities in bf16 are more than twice as far from f32 as those of {peer}"
     for dtype, (ours, theirs) in speeds.items():
         for what in ("prefill", "decode"):
             mine, other = getattr(ours, what), getattr(theirs, what, None)
             rows.append((f"{what}, {dtype}", f"{mine:.0f} tokens/s", f"{other:.0f} tokens/s (ours {mine / other:.1f}x)" if other else ""))
     _print_table(rows, peer)
-    if tokens != their_tokens:
-        raise ModelError(f"greedy tokens in f32 differ from those of {peer}")
+    if failure:
+        raise ModelError(failure)
 
 
 def write_checkpoint(directory: Path) -> None:
@@ -101,10 +115,14 @@ def _text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def _run(directory, dtype, prompt, show=lambda token: None, load=None) -> tuple[list[int], Speed]:
-    """Our greedy tokens and speed, after a short warm-up."""
-    model = Model.load(directory, dtype)
-    generate(model, [prompt[:8]], 2)
+def _warm_up(prompt, device):
+    return prompt if device.type == "cuda" else prompt[:8]  # a GPU loads a kernel when it first runs
+
+
+def _run(directory, dtype, device, prompt, show=lambda token: None, load=None) -> tuple[list[int], Speed]:
+    """Our greedy tokens and speed, after a warm-up."""
+    model = Model.load(directory, DTYPES[dtype], device=device)
+    generate(model, [_warm_up(prompt, device)], 2)
     speed = Speed([prompt])
 
     def on_token(_, token):
@@ -113,23 +131,42 @@ def _run(directory, dtype, prompt, show=lambda token: None, load=None) -> tuple[
     return generate(model, [prompt], NEW_TOKENS, on_token=on_token, expert_load=load)[0].token_ids, speed
 
 
-@torch.inference_mode()
-def _run_transformers(directory, dtype, prompt) -> tuple[list[int], Speed]:
-    """The same through transformers' model, called directly: its generate() would only add to each step."""
-    from transformers import AutoModelForCausalLM, DynamicCache, logging
+def _load_transformers(directory, dtype, device, **options):
+    from transformers import AutoModelForCausalLM, logging
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], **options).to(device).eval()
+
+
+@torch.inference_mode()
+def _run_transformers(directory, dtype, device, prompt) -> tuple[list[int], Speed]:
+    """The same through transformers' model, called directly: its generate() would only add to each step."""
+    from transformers import DynamicCache
+    model = _load_transformers(directory, dtype, device)
 
     def run(ids, count):
         tokens, cache, speed = [], DynamicCache(config=model.config), Speed([ids])
         while len(tokens) < count:
-            logits = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits
+            logits = model(torch.tensor([ids], device=device), past_key_values=cache, logits_to_keep=1).logits
             tokens.append(int(logits[0, -1].argmax()))
             ids = tokens[-1:]
             speed.token()
         return tokens, speed
-    run(prompt[:8], 2)
+    run(_warm_up(prompt, device), 2)
     return run(prompt, NEW_TOKENS)
+
+
+@torch.inference_mode()
+def _bf16_errors(directory, device, prompt) -> list[float]:
+    """How far a log-probability of the prompt's tokens in bf16, ours and transformers', is from transformers' in f32: the
+    median, for rounding gives a few tokens other experts."""
+    ours = generate(Model.load(directory, torch.bfloat16, device=device), [prompt], 0, prompt_logprobs=True)[0].prompt_logprobs
+
+    def theirs(dtype):
+        model = _load_transformers(directory, dtype, device, experts_implementation="eager")
+        tokens = torch.tensor([prompt], device=device)
+        return model(tokens).logits[0, :-1].float().log_softmax(1).gather(1, tokens[0, 1:, None])[:, 0].cpu()
+    exact = theirs("f32")
+    return [float((x - exact).abs().median()) for x in (torch.tensor(ours), theirs("bf16"))]
 
 
 def _show_load(load: Tensor, output: Path) -> None:

@@ -95,10 +95,12 @@ def _prefill(model: Model, cache: Cache, prompts, chunk_size, score_into, on_pre
             if start + len(rows) == len(prompts[i]):
                 last[i] = rows[-1]
             if score_into:
-                next_tokens = torch.tensor(prompts[i][start + 1:start + len(rows) + 1])
+                next_tokens = torch.tensor(prompts[i][start + 1:start + len(rows) + 1], device=model.device)
                 for r, t in zip(rows.split(256), next_tokens.split(256)):  # 256 rows of logits at a time bound the memory
                     score_into[i].prompt_logprobs += token_logprobs(model.logits(r[:len(t)]), t).tolist()
         if on_prefill:
+            if hidden.is_cuda:
+                torch.cuda.synchronize(hidden.device)  # done, not only queued
             on_prefill(len(hidden))
     return torch.stack(last)
 
@@ -116,8 +118,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
         raise ModelError("sampling: expected finite logits, got NaN or infinity (are the weights sound?)")
     if temperature == 0:
         return tokens
-    # The largest becomes 0 before the division: no temperature overflows.
-    probabilities = ((logits.double() - largest[:, None]) / temperature).softmax(1)
+    # The largest becomes 0 before the division, and CUDA would multiply by the reciprocal of a number: no temperature overflows.
+    probabilities = ((logits.double() - largest[:, None]) / torch.full_like(largest[:, None], temperature, dtype=torch.float64)).softmax(1)
     order = None
     if top_p < 1:
         probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)
@@ -127,7 +129,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
         kept = (cumulative - probabilities < top_p).sum(1, keepdim=True)
         total = cumulative.gather(1, kept - 1)
     draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    picked = torch.searchsorted(cumulative, draws * total, right=True)  # inverse of the distribution function
+    picked = torch.searchsorted(cumulative, draws.to(total.device) * total, right=True)  # inverse of the distribution function
     return (picked if order is None else order.gather(1, picked))[:, 0]
 
 

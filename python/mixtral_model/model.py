@@ -30,7 +30,8 @@ class Cache:
     """Keys (rotated) and values of each layer and sequence, position p in slot p % C: C is the window, or max_length
     where the window does not bite within it."""
 
-    def __init__(self, config: ModelConfig, sequences: int, max_length: int, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, sequences: int, max_length: int, dtype: torch.dtype,
+                 device: str | torch.device = "cpu"):
         for name, value in (("sequences", sequences), ("max_length", max_length)):
             if not isinstance(value, Integral) or value < 1:
                 raise ModelError(f"cache: {name}: expected an integer of at least 1, got {value!r}")
@@ -38,7 +39,7 @@ class Cache:
         self.capacity = self.window or max_length
         shape = (config.num_layers, sequences, self.capacity, config.num_kv_heads, config.head_dim)
         try:
-            self.keys, self.values = (torch.empty(shape, dtype=dtype).unbind() for _ in "kv")
+            self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device).unbind() for _ in "kv")
         except RuntimeError:  # torch's way to say so; beyond 2^63 bytes it names only the shape
             size = config.cache_bytes(self.capacity, dtype.itemsize) * sequences
             raise ModelError(f"cache: {sequences} sequences of {self.capacity} positions take {size / 1e9:.1f} GB, "
@@ -48,25 +49,25 @@ class Cache:
 
 class Model:
     def __init__(self, config: ModelConfig, weights: Weights):
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.device = config, weights, weights.embed.device
 
     @classmethod
     def load(cls, directory: str | Path, dtype: torch.dtype | None = None,
-             progress: Callable[[int, int], None] | None = None) -> "Model":
+             progress: Callable[[int, int], None] | None = None, device: str | torch.device = "cpu") -> "Model":
         """Loads a checkpoint directory (see load_weights)."""
         config = read_config(directory)
-        return cls(config, load_weights(directory, config, dtype, progress))
+        return cls(config, load_weights(directory, config, dtype, progress, device))
 
     def new_cache(self, sequences: int, max_length: int) -> Cache:
-        return Cache(self.config, sequences, max_length, self.weights.embed.dtype)
+        return Cache(self.config, sequences, max_length, self.weights.embed.dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, chunks: list[list[int]], cache: Cache, slots: list[int], expert_load: Tensor | None = None) -> Tensor:
         """The next tokens of some sequences -> hidden states [T, H], chunk after chunk.
 
         chunks[b] (one or more tokens) continues the sequence in cache slot slots[b], another one for each. expert_load
-        i64 [layers, E] is increased by the number of tokens each expert gets. ModelError for anything else, before the
-        cache changes."""
+        i64 [layers, E], on any device, is increased by the number of tokens each expert gets. ModelError for anything else,
+        before the cache changes."""
         c, w = self.config, self.weights
         check_ids("slots", slots, len(cache.lengths))
         if len(set(slots)) != len(slots) or len(slots) != len(chunks):
@@ -86,15 +87,17 @@ class Model:
         for n in counts:
             bounds.append(bounds[-1] + n)
         tokens = bounds[-1]
-        attention = dict(cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32),
-                         cache_lengths=torch.tensor(lengths, dtype=torch.int32),
-                         cache_slots=torch.tensor(slots, dtype=torch.int32),
+
+        def ints(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        attention = dict(cu_seqlens_q=ints(bounds), cache_lengths=ints(lengths), cache_slots=ints(slots),
                          window=cache.window, max_seqlen_q=max(counts), max_cache_length=max(lengths),
                          rope_theta=c.rope_theta, rope_interleaved=c.consolidated)
-        all_rows = torch.tensor([0, tokens], dtype=torch.int32)  # a dense MLP is one expert with every row
+        all_rows = ints([0, tokens])  # a dense MLP is one expert with every row
         loads = []
 
-        x = F.embedding(torch.tensor([token for chunk in chunks for token in chunk]), w.embed)
+        x = F.embedding(ints([token for chunk in chunks for token in chunk]), w.embed)
         for layer, keys, values in zip(w.layers, cache.keys, cache.values):
             h = F.rms_norm(x, (c.hidden_size,), layer.attn_norm, c.norm_eps)
             q = F.linear(h, layer.wq).view(tokens, c.num_heads, c.head_dim)
@@ -113,7 +116,7 @@ class Model:
         for slot, n in zip(slots, counts):
             cache.lengths[slot] += n
         if expert_load is not None and loads:
-            expert_load += torch.stack(loads).diff()
+            expert_load += torch.stack(loads).diff().to(expert_load.device)
         return x
 
     @torch.inference_mode()

@@ -2,7 +2,8 @@
 
 Experts are held as the ops want them: gate_up [E, 2I, H] (rows [gate; up]) and down [E, H, I]; a dense MLP is one expert.
 A tensor that lies so in the file is memory-mapped, never copied. The other layouts are copied piece by piece from the
-mapped file into the fused buffer, so loading never needs more memory than the weights.
+mapped file into the fused buffer, so loading never needs more memory than the weights. On a GPU it needs the weights and
+one tensor more there, and one tensor in this machine's memory.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,26 +178,43 @@ def _check(config: ModelConfig, checkpoint: Checkpoint, pieces: list[Piece]) -> 
             raise ModelError(f"{directory}: {piece.name}: expected dtype {', '.join(_DTYPES)}, got {dtype}")
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """The CPU or an NVIDIA GPU; ModelError for anything else and for a GPU that is not there."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device: expected cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ModelError(f"device: {device} is not there: torch {torch.__version__} sees {count} NVIDIA GPUs")
+    return device
+
+
 def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype | None = None,
-                 progress: Callable[[int, int], None] | None = None) -> Weights:
-    """Weights in `dtype` (f32, bf16 or f16; default: that of the embedding in the file). progress(done, total) counts tensors.
+                 progress: Callable[[int, int], None] | None = None, device: str | torch.device = "cpu") -> Weights:
+    """Weights in `dtype` (f32, bf16 or f16, on CUDA one of the last two; default: that of the embedding in the file) on
+    `device`. progress(done, total) counts tensors.
 
     Every name, shape and dtype is checked before the first weight is read; ModelError says what is wrong."""
     if dtype not in (None, *_DTYPES.values()):
         raise ModelError(f"dtype: expected {', '.join(map(str, _DTYPES.values()))} or None, got {dtype!r}")
+    device = find_device(device)
     checkpoint = Checkpoint(Path(directory), "consolidated" if config.consolidated else "model")
     top, layers = _plan(config, checkpoint)
     pieces = [piece for group in (top, *layers) for target in group.values() for piece in target.pieces]
     _check(config, checkpoint, pieces)
     dtype = dtype or _DTYPES[checkpoint.header(top["embed"].pieces[0].name)[1]]
+    if device.type == "cuda" and dtype == torch.float32:
+        raise ModelError(f"dtype: expected torch.bfloat16 or torch.float16 on {device}, got {dtype}")
     done = 0
 
     def read(target: Target) -> Tensor:
         nonlocal done
         if target.pieces[0].part is None:
-            tensor = checkpoint.tensor(target.pieces[0].name).view(target.shape).to(dtype)
+            tensor = checkpoint.tensor(target.pieces[0].name).view(target.shape).to(device, dtype)
         else:
-            tensor = torch.empty(target.shape, dtype=dtype)
+            tensor = torch.empty(target.shape, dtype=dtype, device=device)
             for piece in target.pieces:
                 part = piece.part(tensor)
                 part.copy_(checkpoint.tensor(piece.name).view(part.shape))
@@ -205,6 +223,10 @@ def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype 
             progress(done, len(pieces))
         return tensor
 
-    loaded = {key: read(target) for key, target in top.items()}
-    loaded.setdefault("head", loaded["embed"])
-    return Weights(**loaded, layers=[Layer(**{key: read(target) for key, target in layer.items()}) for layer in layers])
+    try:
+        loaded = {key: read(target) for key, target in top.items()}
+        loaded.setdefault("head", loaded["embed"])
+        return Weights(**loaded, layers=[Layer(**{key: read(target) for key, target in layer.items()}) for layer in layers])
+    except torch.OutOfMemoryError:  # of a GPU
+        size = config.parameters() * dtype.itemsize
+        raise ModelError(f"weights: {size / 1e9:.1f} GB in {dtype} do not fit into the memory of {device}") from None
