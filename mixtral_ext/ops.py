@@ -170,6 +170,9 @@ def sliding_window_attention(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_
 
     Returns out, shape and dtype of q (contiguous), and lse f32, the natural log of the sum of exp(scale * q k^T),
     [Hq, Tq] packed, [B, Hq, Sq] batched. Packed queries outside the bounds are undefined. `out` takes (out, lse or None).
+    A sequence's bits do not depend on the other sequences.
+
+    CUDA: bfloat16 or float16. A NaN or infinity in k or v may also reach queries near those that see it (mixtral_ext.h).
     """
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window, softmax_scale, k_start, k_length)
     if out is None:
@@ -195,7 +198,10 @@ def rolling_attention(q, k, v, k_cache, v_cache, cu_seqlens_q, cache_lengths, wi
     unrotated, are rotated as apply_rope does, and the ring holds rotated keys.
 
     Returns out, shape and dtype of q (contiguous), and lse f32 [Hq, Tq]; undefined outside the bounds. `out` takes
-    (out, lse or None).
+    (out, lse or None). A sequence's bits do not depend on the other sequences.
+
+    CUDA: bfloat16 or float16. The lengths stay on the device: nothing waits for them, and they may change between replays of a
+    CUDA graph. So window None needs both maxima, and k and v None needs max_seqlen_q.
     """
     args = (q, k, v, k_cache, v_cache, cu_seqlens_q, cache_lengths, window, softmax_scale, cache_slots, max_seqlen_q,
             max_cache_length, rope_theta, rope_interleaved)

@@ -1,4 +1,4 @@
-"""The ops of an expert layer in a CUDA graph: captured once, replayed with other tokens and other routing; no waiting for the device."""
+"""The ops of an expert layer and of decoding in a CUDA graph: captured once, replayed with other tokens, routing and lengths; no waiting for the device."""
 import pytest
 import torch
 
@@ -156,3 +156,47 @@ def test_same_bits_in_every_run(layer):
             layer.call()
             for a, b in zip(first, layer.results()):
                 assert torch.equal(a, b), routing
+
+
+# --------------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("window, capacity", ((600, 600), (None, 1500)))
+@pytest.mark.parametrize("chunk", (1, 3, 40))
+def test_decoding_in_a_graph(chunk, window, capacity):
+    """One captured step over the ring, replayed while the sequences grow: every step is what the op gives outside of a graph, and right."""
+    generator = torch.Generator("cuda").manual_seed(chunk)
+    sequences, heads, key_heads, head_dim = 3, 8, 2, 128
+
+    def normal(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+
+    q, k, v = (normal(sequences * chunk, n, head_dim) for n in (heads, key_heads, key_heads))
+    caches = dict(k_cache=normal(sequences, capacity, key_heads, head_dim), v_cache=normal(sequences, capacity, key_heads, head_dim))
+    lengths = torch.tensor([0, 570, 1200], dtype=torch.int32, device="cuda")
+    rest = dict(cu_seqlens_q=torch.arange(0, sequences * chunk + 1, chunk, dtype=torch.int32, device="cuda"), cache_lengths=lengths, window=window,
+                max_seqlen_q=chunk, max_cache_length=capacity - chunk if window is None else None, rope_theta=1e4)
+    out = torch.empty_like(q), torch.empty(heads, len(q), device="cuda")
+
+    def step():
+        mixtral_ext.rolling_attention(q, k, v, **caches, **rest, out=out)
+        lengths.add_(chunk)
+
+    start = lengths.clone(), *(x.clone() for x in caches.values())
+    step()  # warm-up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for x, saved in zip((lengths, *caches.values()), start):
+        x.copy_(saved)
+    for _ in range(4):
+        for x in (q, k, v):
+            x.normal_(generator=generator)
+        inputs = dict(q=q, k=k, v=v, **{name: x.clone() for name, x in caches.items()}, **{**rest, "cache_lengths": lengths.clone()})
+        for x in out:
+            x.copy_(poisoned(x))
+        graph.replay()
+        check_results("rolling_attention", inputs, (*out, *caches.values()), "out")
+        again = mixtral_ext.rolling_attention(**inputs)
+        assert all(torch.equal(a, b) for a, b in zip((*again, inputs["k_cache"], inputs["v_cache"]), (*out, *caches.values())))

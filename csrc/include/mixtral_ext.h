@@ -308,7 +308,12 @@ MIXTRAL_API mixtral_status mixtral_moe_experts(const mixtral_context *context, c
  * Batched layout: q [B, Sq, Hq, D], k and v [B, Sk, Hk, D], out [B, Sq, Hq, D], lse [B, Hq, Sq]; k_start and k_length
  *   [B] i32 optionally restrict sequence b to the keys k_start[b] .. k_start[b] + k_length[b] - 1 (m = k_length[b];
  *   default 0 and Sk - k_start[b]); keys outside are never read.
- * Every array may have any batch, token and head stride (so [B, H, S, D] storage is passed as a view). */
+ * Every array may have any batch, token and head stride (so [B, H, S, D] storage is passed as a view).
+ *
+ * A sequence's bits do not depend on the other sequences. CUDA: a NaN or infinity in k or v may also reach queries that do not see
+ * it, if they share a block (128 rows of tokens * Hq/Hk) with one that does. The workspace is (D+2)*4 bytes for every span of
+ * 256 keys and query head and token of sequences with up to 64 rows, as far as shapes and declared maxima tell; 1 or 2 launches
+ * where all sequences are as long, up to 3 else. */
 typedef struct mixtral_sliding_window_attention_params {
   size_t struct_size;          /* sizeof(mixtral_sliding_window_attention_params) */
   mixtral_tensor q;            /* f32, bf16 or f16, 3-D packed or 4-D batched */
@@ -342,10 +347,15 @@ MIXTRAL_API mixtral_status mixtral_sliding_window_attention(const mixtral_contex
  *
  * With k and v absent nothing is stored and the ring already holds the chunk itself: all positions up to L+n-1 are read
  * from it. A window then needs W + max_seqlen_q - 1 <= C.
- * With window 0 no position may be overwritten: max_cache_length + max_seqlen_q <= C. On CUDA both maxima must be given
- * for that; the device drops stores beyond slot C-1. On the CPU the lengths themselves are checked.
+ * With window 0 no position may be overwritten: max_cache_length + max_seqlen_q <= C. On the CPU the lengths themselves are
+ * checked; on CUDA both maxima must be given for that (without k and v max_seqlen_q), and the device drops stores beyond slot
+ * C-1. There longer lengths count as max_cache_length, and new tokens beyond max_seqlen_q are left alone.
  * With rope_theta > 0, q and k arrive unrotated; both are rotated by their positions (as apply_rope does, rounded to
- * their dtype) before use, and the ring holds rotated keys. q, k and v themselves are not changed. */
+ * their dtype) before use, and the ring holds rotated keys. q, k and v themselves are not changed.
+ *
+ * A sequence's bits do not depend on the other sequences. CUDA: a decoding step (max_seqlen_q 1) is 3 launches at most, longer
+ * chunks up to 5; see sliding_window_attention for NaN and the workspace, which with rope_theta holds the rotated q, and k of
+ * longer chunks. */
 typedef struct mixtral_rolling_attention_params {
   size_t struct_size;           /* sizeof(mixtral_rolling_attention_params) */
   mixtral_tensor q;             /* [Tq, Hq, D] f32, bf16 or f16; any token and head stride */

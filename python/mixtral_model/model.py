@@ -92,7 +92,8 @@ class Model:
             return torch.tensor(values, dtype=torch.int32, device=self.device)
 
         attention = dict(cu_seqlens_q=ints(bounds), cache_lengths=ints(lengths), cache_slots=ints(slots),
-                         window=cache.window, max_seqlen_q=max(counts), max_cache_length=max(lengths),
+                         window=cache.capacity,  # without a window it hides nothing: no position is beyond it
+                         max_seqlen_q=max(counts), max_cache_length=max(lengths),
                          rope_theta=c.rope_theta, rope_interleaved=c.consolidated)
         all_rows = ints([0, tokens])  # a dense MLP is one expert with every row
         loads = []
