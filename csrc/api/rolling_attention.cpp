@@ -83,7 +83,7 @@ cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_ro
   AttentionShape s = {};
   s.sequences = p.cu_seqlens_q.shape[0] - 1;
   s.queries = p.q.shape[0];
-  s.longest_queries = p.max_seqlen_q ? p.max_seqlen_q : p.q.shape[0];
+  s.longest_queries = p.max_seqlen_q && p.max_seqlen_q < s.queries ? p.max_seqlen_q : s.queries;
   s.longest_keys = cached + s.longest_queries;
   s.window = p.window;
   s.group = p.q.shape[1] / p.k_cache.shape[2];

@@ -76,7 +76,7 @@ cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_sl
   AttentionShape s = {};
   s.sequences = batched ? p.q.shape[0] : bounds ? p.cu_seqlens_q.shape[0] - 1 : 1;
   s.queries = batched ? s.sequences * q[0] : q[0];
-  s.longest_queries = bounds && p.max_seqlen_q ? p.max_seqlen_q : q[0];
+  s.longest_queries = bounds && p.max_seqlen_q && p.max_seqlen_q < q[0] ? p.max_seqlen_q : q[0];
   s.equal_queries = !bounds;
   s.longest_keys = bounds && p.max_seqlen_k && p.max_seqlen_k < k[0] ? p.max_seqlen_k : k[0];
   s.packed_keys = bounds ? k[0] : 0;

@@ -4,7 +4,7 @@
 
 namespace mixtral::cuda {
 
-// Keys [begin, end) that a query at key position `position` sees; none before the first key.
+// The first key that a query at `position` sees; the last one is its own.
 __device__ inline int first_key(const Sequence &s, int window, int position) { return max(s.begin, max(position, -1) - window + 1); }
 
 // Rows of the tokens at positions low to high.

@@ -40,7 +40,7 @@ __device__ void copy_heads(const T *from, int64_t from_head, T *to, int64_t to_h
 
 template <class T, Rotate kRotate>
 __global__ void __launch_bounds__(kThreads)
-    chunk_kernel(const __grid_constant__ Attention a, const __grid_constant__ Chunk c, const __grid_constant__ Frequencies frequencies) {
+    rotate_store_kernel(const __grid_constant__ Attention a, const __grid_constant__ Chunk c, const __grid_constant__ Frequencies frequencies) {
   __shared__ Rotation rotation;
   constexpr bool kInterleaved = kRotate == Rotate::kPairs;
   let_next_kernel_begin();
@@ -68,13 +68,13 @@ __global__ void __launch_bounds__(kThreads)
   if (stored) copy_heads(head_rows<const T>(c.v, 0, token), c.v.head, head_rows<T>(a.v_ring, slot, place), a.v_ring.head, a.key_heads, a.head_dim);
 }
 
-cudaError_t run_chunk(const Attention &a, const Chunk &c, Rotate rotate, const Frequencies &frequencies, void *stream) {
+cudaError_t rotate_store(const Attention &a, const Chunk &c, Rotate rotate, const Frequencies &frequencies, void *stream) {
   cudaError_t error = cudaSuccess;
   with_half_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto kernel = rotate == Rotate::kNo       ? chunk_kernel<T, Rotate::kNo>
-                        : rotate == Rotate::kHalves ? chunk_kernel<T, Rotate::kHalves>
-                                                    : chunk_kernel<T, Rotate::kPairs>;
+    const auto kernel = rotate == Rotate::kNo       ? rotate_store_kernel<T, Rotate::kNo>
+                        : rotate == Rotate::kHalves ? rotate_store_kernel<T, Rotate::kHalves>
+                                                    : rotate_store_kernel<T, Rotate::kPairs>;
     error = launch(kernel, dim3((unsigned)a.query_tokens), kThreads, 0, stream, false, a, c, frequencies);
   });
   return error;
@@ -150,14 +150,14 @@ mixtral_status rolling_attention(const mixtral_context &context, const mixtral_r
   mixtral_status status = MIXTRAL_OK;
   if (rotates || chunk.store) {
     const Rotate rotate = !rotates ? Rotate::kNo : p.rope_interleaved ? Rotate::kPairs : Rotate::kHalves;
-    status = cuda_status(kOp, run_chunk(a, chunk, rotate, rotates ? rope_frequencies(p.rope_theta, a.head_dim / 2) : Frequencies{}, stream));
+    status = cuda_status(kOp, rotate_store(a, chunk, rotate, rotates ? rope_frequencies(p.rope_theta, a.head_dim / 2) : Frequencies{}, stream));
     a.early = a.overlaps;
   }
   if (status == MIXTRAL_OK) status = attention(kOp, a, config, base + at.attention, stream);
   if (status == MIXTRAL_OK && append && !chunk.store) {
     chunk.k = a.k;
     chunk.store = true;
-    status = cuda_status(kOp, run_chunk(a, chunk, Rotate::kNo, Frequencies{}, stream));
+    status = cuda_status(kOp, rotate_store(a, chunk, Rotate::kNo, Frequencies{}, stream));
   }
   return status;
 }

@@ -77,6 +77,7 @@ TILE_EDGES = [  # more than 64 rows
     *(one(140, 140, heads=2, window=w) for w in (1, 2, 63, 64, 65, 128, 139, 140, 141)),
     *(one(40, 300, heads=4, key_heads=2, head_dim=128, window=w) for w in (None, 1, 64, 127, 128, 129, 259, 260, 261, 300)),
     one(97, 130, heads=16, key_heads=2, head_dim=128),
+    one(65, 13000, heads=5, key_heads=5, head_dim=128),  # three of the five key heads at a time
     one(130, 100, heads=4), one(70, 3, heads=4, window=2), one(100, 1, heads=2, window=5), one(100, 0, heads=2),
 ]
 SPLIT_EDGES = [  # up to 64 rows
@@ -219,7 +220,7 @@ def test_steps_do_not_depend_on_neighbours(arch, rope_theta):
 
 # ---------------------------------------------------------------------------------------------------------------- costs
 
-SPLIT, COMBINE, TILES, CHUNK = "attention_split_kernel", "attention_combine_kernel", "attention_tiles_kernel", "chunk_kernel"
+SPLIT, COMBINE, TILES, CHUNK = "attention_split_kernel", "attention_combine_kernel", "attention_tiles_kernel", "rotate_store_kernel"
 LEAST_SPAN, MOST_SPANS, SM_COUNT = 256, 64, 4
 
 
