@@ -1,5 +1,5 @@
-"""The C API from C programs, compiled as strict C99 against the installed package through CMake and through pkg-config, and from a C++
-program with the CUDA runtime."""
+"""The C API from C programs, compiled as strict C99 against the installed package through CMake and through pkg-config, and from C++
+programs with the CUDA runtime."""
 import os
 import re
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from example_checks import assert_example, assert_example_cuda
+from example_checks import CUDA_EXAMPLES, assert_example
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "tests/c"
@@ -30,7 +30,7 @@ def programs(request, c_prefix, tmp_path_factory):
         run("cmake", "-S", SOURCES, "-B", build, f"-DCMAKE_PREFIX_PATH={c_prefix}", "-DCMAKE_C_FLAGS=" + " ".join(STRICT),
             "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON")
         run("cmake", "--build", build)
-        assert not (build / "example_cuda").exists()
+        assert not any((build / example).exists() for example in CUDA_EXAMPLES)
     else:
         if not shutil.which("pkg-config"):
             pytest.skip("pkg-config is not installed")
@@ -56,32 +56,34 @@ def test_example(programs):
 
 
 @pytest.fixture(scope="module")
-def example_cuda(c_prefix, tmp_path_factory):
-    """The C++ program, from the same project where CMake finds the CUDA runtime."""
+def cuda_build(c_prefix, tmp_path_factory):
+    """Where the C++ programs are, from the same project where CMake finds the CUDA runtime."""
     if not shutil.which("nvcc"):
         pytest.skip("no CUDA toolkit: nvcc is not on PATH")
     build = tmp_path_factory.mktemp("cuda")
     run("cmake", "-S", SOURCES, "-B", build, f"-DCMAKE_PREFIX_PATH={c_prefix}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror -pedantic")
-    run("cmake", "--build", build, "--target", "example_cuda")
-    return build / "example_cuda"
+    run("cmake", "--build", build, "--target", *CUDA_EXAMPLES)
+    return build
 
 
-def test_cuda_example_is_built(example_cuda):
+@pytest.mark.parametrize("example", CUDA_EXAMPLES)
+def test_cuda_example_is_built(cuda_build, example):
     """It needs the library, the CUDA runtime and the system; where there is no GPU, it says so."""
-    needed = re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", "-W", example_cuda))
+    needed = re.findall(r"\(NEEDED\).*\[(\w+)", run("readelf", "-d", "-W", cuda_build / example))
     assert {"libmixtral_ext", "libcudart"} <= set(needed) <= {"libmixtral_ext", "libcudart", "libstdc", "libm", "libgcc_s", "libc"}
-    done = subprocess.run([example_cuda], capture_output=True, text=True, env=dict(os.environ, CUDA_VISIBLE_DEVICES=""))
+    done = subprocess.run([cuda_build / example], capture_output=True, text=True, env=dict(os.environ, CUDA_VISIBLE_DEVICES=""))
     assert done.returncode == 1 and not done.stdout
     assert re.search("CUDA: cudaError|built without CUDA", done.stderr)
 
 
 @pytest.mark.gpu
-def test_cuda_example(tmp_path):
+@pytest.mark.parametrize("example", CUDA_EXAMPLES)
+def test_cuda_example(tmp_path, example):
     """With the library in mixtral_ext/lib, wherever that was built."""
     lib = ROOT / "mixtral_ext/lib"
-    run("nvcc", "-std=c++17", SOURCES / "example_cuda.cpp", "-I", ROOT / "csrc/include", f"-Xlinker={lib / 'libmixtral_ext.so.0'},-rpath,{lib}",
-        "-o", tmp_path / "example_cuda")
-    assert_example_cuda(run(tmp_path / "example_cuda"))
+    run("nvcc", "-std=c++17", SOURCES / f"{example}.cpp", "-I", ROOT / "csrc/include", f"-Xlinker={lib / 'libmixtral_ext.so.0'},-rpath,{lib}",
+        "-o", tmp_path / example)
+    CUDA_EXAMPLES[example](run(tmp_path / example))
 
 
 def test_package_needs_nothing_else(c_prefix, build_tree):
