@@ -24,7 +24,7 @@ cuda::AttentionConfig attention_config(const AttentionShape &s, int sm_count) {
     const int64_t read = s.window ? std::min(s.longest_keys, s.window + 2048) : s.longest_keys;
     config.heads_together = (int32_t)std::clamp<int64_t>((24 << 20) / std::max<int64_t>(read * s.head_dim * 4, 1), 1, s.key_heads);
   }
-  if (most_rows <= cuda::kSplitRows || !s.equal_queries) {
+  if (s.group <= cuda::kSplitRows && (most_rows <= cuda::kSplitRows || !s.equal_queries)) {
     config.most_rows = (int32_t)std::min<int64_t>(most_rows, cuda::kSplitRows);
     const int64_t keys = s.window ? std::min(s.longest_keys, s.window - 1 + ceil_div(config.most_rows, s.group)) : s.longest_keys;
     const int64_t spans = std::clamp<int64_t>(ceil_div(keys, cuda::kLeastSpan), 1, cuda::kMostSpans);

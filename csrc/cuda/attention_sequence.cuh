@@ -37,10 +37,10 @@ __device__ inline int cache_slot(const Attention &a, int index) {
 }
 
 // Sequence `index`, whose n queries begin at token `first` of all. With a ring keys count from the first one that a query sees, or from up
-// to align - 1 before it, so that key `chunk` is a multiple of `align`.
+// to align - 1 before it, so that the key of query 0 is a multiple of `align`.
 __device__ inline Sequence sequence_at(const Attention &a, int index, int first, int n, int align) {
   Sequence s = {};
-  if (!a.k_ring.data) {
+  if (!a.capacity) {
     int keys = a.key_tokens;
     if (a.cu_seqlens_k) {
       s.first_token = clamped(a.cu_seqlens_k[index], 0, keys);
@@ -58,7 +58,7 @@ __device__ inline Sequence sequence_at(const Attention &a, int index, int first,
   const bool chunk = a.k.data;
   const int length = cached_tokens(a, index, n), stored = chunk ? length : length + n;  // positions below are in the ring
   const int oldest = max(max(length - a.window + 1, stored - a.capacity), 0);
-  s.begin = chunk ? (align - (stored - oldest) % align) % align : 0;
+  s.begin = (align - (length - oldest) % align) % align;
   s.chunk = s.begin + stored - oldest;
   s.position = s.begin + length - oldest;
   s.end = s.position + n;
