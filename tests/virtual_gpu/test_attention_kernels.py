@@ -3,6 +3,7 @@ schedules, which kernel has which rows, what they cost, bad values on the device
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,7 @@ RINGS = [
     RollingAttentionCase("window_1", chunks=(1, 70), lengths=(40, 77), capacity=33, window=1, heads=4),
     RollingAttentionCase("capacity_1", chunks=(1, 70), lengths=(40, 77), capacity=1, window=1, heads=4),
     RollingAttentionCase("last_position", chunks=(1, 70), lengths=(2**31 - 2, 2**31 - 71), capacity=150, window=150, heads=4),
+    RollingAttentionCase("group_130", chunks=(1, 3, 0), lengths=(40, 77, 9), capacity=70, window=69, heads=130, rope_theta=1e4),
     RollingAttentionCase("empty_chunks", chunks=(0, 70, 0, 1, 0), lengths=(4, 9, 70, 0, 0), capacity=90, window=90, heads=4),
 ]
 
@@ -139,6 +141,19 @@ def test_scales(queries, scale, dtype):
     got, exact = run(vgpu.Gpu(), SLIDING, inputs), reference.sliding_window_attention(**widened(inputs))
     torch.testing.assert_close(got[0].double(), exact[0], rtol=2**-7, atol=0.02)
     torch.testing.assert_close(got[1].double(), exact[1], rtol=1e-5, atol=1e-2)  # scores of 1e5 are good to 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", (-1e30, 1e8, 1e12, 1e30))
+@pytest.mark.parametrize("queries", (1, 40))
+def test_large_scales(queries, scale, dtype):
+    """Any finite one is taken; scaled scores fit f32. One key has all the weight."""
+    inputs = one(queries, 300, heads=4).inputs(DTYPES[dtype])
+    inputs["softmax_scale"] = scale
+    got, exact = run(vgpu.Gpu(), SLIDING, inputs), reference.sliding_window_attention(**widened(inputs))
+    close = torch.isclose(got[0].double(), exact[0], rtol=2**-7, atol=0.02).all(-1)
+    assert got[0].isfinite().all() and close.float().mean() > 0.97  # two scores may differ by less than f32 shows
+    torch.testing.assert_close(got[1].double(), exact[1], rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("queries, keys, gone", ((1, 70, 70), (1, 700, 700), (1, 700, 600), (60, 60, 50), (100, 200, 180)))
@@ -175,6 +190,17 @@ def test_nan_and_infinity_reach_who_sees_them(queries, keys):
         assert same_bits(out[others], clean[others])
 
 
+@pytest.mark.parametrize("longest, together", ((90, 3), (40_000, 2), (60_000, 1)))
+def test_key_heads_in_turn(longest, together):
+    """As many at a time as have 24 MB of keys and values that may be read, by what is declared; the result is the same."""
+    inputs = RollingAttentionCase("", chunks=(70, 33), lengths=(20, 3), capacity=60_070, window=None, heads=6, key_heads=3).inputs(torch.bfloat16)
+    inputs["max_cache_length"] = longest
+    gpu = vgpu.Gpu()
+    check(gpu, ROLLING, inputs)
+    tiles = gpu.counters[kernels(gpu).index(TILES)]
+    assert tiles["blocks"] == 3 * together * ceil_div(3, together)
+
+
 def test_lse_is_optional():
     for case in one(1, 700, heads=4), one(1, 70, heads=4), one(40, 70, heads=4):
         inputs = case.inputs(torch.bfloat16)
@@ -203,9 +229,10 @@ def test_sequences_do_not_depend_on_neighbours(arch):
 
 @ARCHS
 @pytest.mark.parametrize("rope_theta", (None, 1e4))
-def test_steps_do_not_depend_on_neighbours(arch, rope_theta):
+@pytest.mark.parametrize("heads", (4, 71))
+def test_steps_do_not_depend_on_neighbours(heads, arch, rope_theta):
     """Of a ragged step, of which a decoding sequence is in a batch of its own: the store before the attention and after it give one result."""
-    case = RollingAttentionCase("", chunks=(1, 5, 40, 1), lengths=(900, 700, 333, 64), capacity=600, window=600, heads=4, rope_theta=rope_theta)
+    case = RollingAttentionCase("", chunks=(1, 5, 40, 1), lengths=(900, 700, 333, 64), capacity=600, window=600, heads=heads, rope_theta=rope_theta)
     inputs, gpu = case.inputs(torch.bfloat16), vgpu.Gpu(arch)
     out, lse, *caches = run(gpu, ROLLING, inputs)
     bounds = inputs["cu_seqlens_q"].tolist()
@@ -242,6 +269,7 @@ def kernels(gpu):
     (RollingAttentionCase("decode", chunks=(1, 1), lengths=(700, 3), capacity=512, window=512), [CHUNK, SPLIT, COMBINE]),
     (RollingAttentionCase("decode_rope", chunks=(1, 1), lengths=(700, 3), capacity=512, window=512, rope_theta=1e4), [CHUNK, SPLIT, COMBINE]),
     (RollingAttentionCase("decode_one_span", chunks=(1, 1), lengths=(700, 3), capacity=256, window=256), [CHUNK, SPLIT]),
+    (RollingAttentionCase("decode_71_heads", chunks=(1, 1), lengths=(700, 3), capacity=512, window=512, heads=71), [CHUNK, TILES]),
     (RollingAttentionCase("decode_read_only", chunks=(1,), lengths=(700,), capacity=512, window=512, read_only=True), [SPLIT, COMBINE]),
     (RollingAttentionCase("few_tokens", chunks=(2, 1), lengths=(700, 3), capacity=512, window=512, rope_theta=1e4), [CHUNK, SPLIT, COMBINE, CHUNK]),
     (RollingAttentionCase("prompt", chunks=(70,), lengths=(0,), capacity=256, window=100), [SPLIT, TILES, CHUNK]),
@@ -336,6 +364,21 @@ def test_cost_of_decoding(length, capacity, window, group, head_dim, arch):
         assert combine[0]["global_store_bytes"] == out and combine[0]["blocks"] == min(8 * SM_COUNT, ceil_div(rows, 4))
 
 
+@pytest.mark.parametrize("batch, tokens, longest, capacity, window", ((128, 128, 1, 4096, 4096), (128, 255, 128, 4096, 4096), (128, 255, 128, 32768, None)))
+def test_workspace(batch, tokens, longest, capacity, window):
+    """As the header says: (D+2)*4 bytes a span, query head and token that there are; with decoding beside a prompt, too."""
+    def array(*shape):
+        return np.lib.stride_tricks.as_strided(np.zeros(1, np.uint16), shape, [2 * math.prod(shape[i + 1:]) for i in range(len(shape))])
+
+    gpu = vgpu.Gpu()
+    gpu.start()
+    q, k, cache = array(tokens, 32, 128), array(tokens, 8, 128), array(batch, capacity, 8, 128)
+    size = gpu.lib.workspace_size(ROLLING, gpu.lib.context(arch="sm90", device="cuda"), q=q, k=k, v=k, k_cache=cache, v_cache=cache, out=q,
+                                  cu_seqlens_q=np.zeros(batch + 1, np.int32), cache_lengths=np.zeros(batch, np.int32), window=window or 0,
+                                  max_seqlen_q=longest, max_cache_length=capacity - longest)
+    assert size <= 1.2 * tokens * 32 * min(64, ceil_div(capacity, LEAST_SPAN) + 1) * (128 + 2) * 4
+
+
 def test_resources():
     """Nothing spills; a tile's sums, scores and fragments are in registers. 128 threads with 255 of them fit an SM twice."""
     found = {}
@@ -383,6 +426,46 @@ def test_longer_than_declared():
         out, lse = run(vgpu.Gpu(), SLIDING, inputs)
         assert (out[longest:n] == UNTOUCHED).all() and (lse[:, longest:n] == UNTOUCHED).all()
         assert (out[:longest] != UNTOUCHED).any(-1).all() and (out[n] != UNTOUCHED).any(-1).all()
+
+
+@pytest.mark.parametrize("longest, queries", ((1, 1), (100, 1), (256, 16), (257, 1), (100, 40)))
+def test_more_keys_than_declared(longest, queries):
+    """Nothing is written outside of what the declared maxima ask for, and the other sequence is as it is."""
+    inputs = SlidingWindowAttentionCase("", sequences=((1, 90), (queries, 700)), heads=4).inputs(torch.bfloat16) | {"max_seqlen_k": 700}
+    expected = run(vgpu.Gpu(), SLIDING, inputs)
+    inputs["max_seqlen_k"] = longest
+    out, lse = run(vgpu.Gpu(), SLIDING, inputs)
+    assert out.isfinite().all() and not lse.isnan().any()
+    if longest >= 90:
+        assert same_bits(out[0], expected[0][0]) and same_bits(lse[:, 0], expected[1][:, 0])
+
+
+@pytest.mark.parametrize("values", ((0, 600, 10, 50), (0, 700, 300, 800), (0, 700, -1, 800)), ids=str)
+def test_bad_bounds_of_three(values):
+    """Keys of a sequence behind one that ends later: the running maximum, as of cu_seqlens_q. The first sequence's are in order."""
+    inputs = SlidingWindowAttentionCase("", sequences=((1, 300),) * 3, heads=2, maxima=False).inputs(torch.bfloat16)
+    bad, good = ({**inputs, "cu_seqlens_k": x} for x in (torch.tensor(values).int(), clamped(values, 900)))
+    low, exact = reference.sliding_window_attention(**good), reference.sliding_window_attention(**widened(good))
+    for value, rounded, wide in zip(run(vgpu.Gpu(), SLIDING, bad), low, exact):
+        assert_accurate(value, rounded, wide)
+
+
+def test_a_ring_without_slots():
+    """Its memory may be NULL, as torch's of an empty tensor is: every slot is a bad one."""
+    inputs = RollingAttentionCase("", chunks=(1, 1), lengths=(0, 0), cache_slots=(0, 1), rope_theta=1e4).inputs(torch.bfloat16)
+    out, lse, gpu = torch.full_like(inputs["q"], UNTOUCHED), torch.full((2, 2), UNTOUCHED), vgpu.Gpu()
+    tensor, inputs["k_cache"], inputs["v_cache"] = c_api.tensor, *(inputs[name][:0] for name in ("k_cache", "v_cache"))
+
+    def with_null(array, dtype=None):
+        t = tensor(array, dtype)
+        t.data = t.data if array.size else None
+        return t
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c_api, "tensor", with_null)
+        gpu.call(ROLLING, outputs=("out", "lse"), **{name: numpy(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()},
+                 out=numpy(out), lse=numpy(lse))
+    assert (out == UNTOUCHED).all() and (lse == UNTOUCHED).all()
 
 
 @pytest.mark.parametrize("start, length", ((-1, 20), (31, 5), (BIG, BIG), (-BIG - 1, -BIG - 1), (10, 21), (3, -1), (0, BIG)))
