@@ -376,6 +376,18 @@ def test_on_cuda_what_is_beyond_the_cache_is_dropped():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 3])
+def test_on_cuda_a_row_of_padding_sees_nothing(queries):
+    """In a read-only call whose lengths the host cannot see; the other sequence is as without it."""
+    q, *caches = filled("cuda", 2, 12, (7, 12))
+    q = q[:, :queries]
+    expected = flash_attn_with_kvcache(q, *caches, cache_seqlens=i32((7, 12), "cuda"), causal=True, return_softmax_lse=True)
+    out, lse = flash_attn_with_kvcache(q, *caches, cache_seqlens=i32((7, 0), "cuda"), causal=True, return_softmax_lse=True)
+    assert (out[1] == 0).all() and lse[1].isneginf().all()
+    assert same_bits(out[0], expected[0][0]) and same_bits(lse[0], expected[1][0])
+
+
+@pytest.mark.gpu
 def test_on_cuda_positions_beyond_the_tables_take_the_last_row():
     q, k, v = tokens("cuda", 2, 1)
     caches = empty_caches(k, 2, 8)

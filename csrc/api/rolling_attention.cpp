@@ -72,6 +72,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_rolling_atten
   c.tensor("out", p.out, {tokens, heads, head_dim}, kFloats, kOutput);
   c.same_dtype("out", p.out, "q", p.q);
   if (present(p.lse)) c.tensor("lse", p.lse, {heads, tokens}, kF32, kContiguous);
+  if (c.ok()) c.range("out: rows (tokens * heads / heads of k_cache)", tokens * (heads / key_heads), 0, INT32_MAX);
   return c.status();
 }
 

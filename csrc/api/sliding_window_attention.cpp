@@ -65,6 +65,8 @@ mixtral_status check(const mixtral_context *context, const mixtral_sliding_windo
     if (present(p.lse)) c.tensor("lse", p.lse, {p.q.shape[0], query[1], query[0]}, kF32, kContiguous);
   }
   c.same_dtype("out", p.out, "q", p.q);
+  const int64_t sequences = packed ? 1 : p.q.shape[0];
+  if (c.ok()) c.range("out: rows (tokens * heads / heads of k)", sequences * query[0] * (query[1] / key[1]), 0, INT32_MAX);
   return c.status();
 }
 

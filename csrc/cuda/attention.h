@@ -25,6 +25,7 @@ struct Attention {
   int32_t query_tokens;     // of q: of each sequence, or of all if cu_seqlens_q is given
   int32_t key_tokens;       // of k, likewise
   int32_t longest_queries;  // of a sequence at most: tokens beyond are left alone
+  int32_t longest_keys;     // without a ring, of a sequence at most: keys beyond are not there
   int32_t window;           // INT32_MAX: none
   float scale;              // |softmax_scale| * log2(e), positive: weights are powers of two
   bool negative;            // softmax_scale is: q counts with the other sign
@@ -36,10 +37,10 @@ struct Attention {
   const int32_t *cu_seqlens_q;            // NULL: each sequence has all of query_tokens
   const int32_t *cu_seqlens_k, *k_start, *k_length;  // without a ring; may be NULL
 
-  // The ring; k_ring.data NULL: none. Then k and v have a token for each query, or k.data is NULL and the ring holds those, too.
+  // The ring. With one k and v have a token for each query, or k.data is NULL and the ring holds those, too.
   HeadArray k_ring, v_ring;  // `sequence`: between slots
-  int32_t slots, capacity;
-  int32_t longest_cache;          // cache_lengths count as at most this
+  int32_t slots, capacity;        // capacity 0: there is no ring
+  int32_t longest_cache;          // keys before a sequence's new tokens at most: older ones are not there
   const int32_t *cache_lengths, *cache_slots;  // cache_slots may be NULL: sequence b has slot b
 };
 
@@ -63,10 +64,13 @@ struct AttentionConfig {
   int64_t row_tiles;       // that all sequences can have in the tile kernel; 0: no sequence can need it
   int32_t heads_together;  // key heads whose tiles run at the same time
   int32_t split_blocks;    // of the split kernel, at most; 0: no sequence can need it
-  int32_t most_rows;       // that a sequence has there
-  int64_t span_places;     // for the spans of all sequences, 0: none has more than one
-  int32_t sequence_places; // of those, for each sequence; 0: as many as its keys take (packed keys)
-  int32_t combine_blocks;  // 0: no span_places
+  int32_t combine_blocks;  // 0: no sequence can have more than one span
+
+  // Where the spans of a row leave what they found, for each key head: `places` in all.
+  enum { kRowsOfTokens, kRowsOfSequences, kSpansOfKeys } layout;
+  int64_t places;
+  int32_t most_rows;   // of a sequence in the split kernel
+  int32_t most_spans;  // of a row
 };
 
 // [T, heads, D] and [B, T, heads, D] as the ops describe them.

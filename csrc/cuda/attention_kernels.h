@@ -7,14 +7,12 @@
 
 namespace mixtral::cuda {
 
-
 // row_tiles: tiles of rows that all sequences together can have.
 cudaError_t attention_tiles_init();
 cudaError_t attention_tiles(const Attention &a, int64_t row_tiles, int heads_together, cudaStream_t stream);
 
-
 // The split kernel, and the one that combines its spans if there can be several. The workspace holds their sums, then shift and sum of weights.
-inline int64_t partial_rows(const Attention &a, const AttentionConfig &config) { return config.span_places * a.key_heads * config.most_rows; }
+inline int64_t partial_rows(const Attention &a, const AttentionConfig &config) { return config.places * a.key_heads; }
 inline size_t partial_sums_bytes(const Attention &a, const AttentionConfig &config) {
   return aligned((size_t)(partial_rows(a, config) * a.head_dim) * sizeof(float));
 }

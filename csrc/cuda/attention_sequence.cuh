@@ -28,7 +28,7 @@ struct Sequence {
 
 // cache_lengths[index], of a sequence with n new tokens.
 __device__ inline int cached_tokens(const Attention &a, int index, int n) {
-  return clamped(a.cache_lengths[index], 0, min(a.longest_cache, INT32_MAX - n));
+  return clamped(a.cache_lengths[index], 0, INT32_MAX - n);
 }
 
 __device__ inline int cache_slot(const Attention &a, int index) {
@@ -50,6 +50,7 @@ __device__ inline Sequence sequence_at(const Attention &a, int index, int first,
       keys -= s.first_token;
       if (a.k_length) keys = clamped(a.k_length[index], 0, keys);
     }
+    keys = min(keys, a.longest_keys);
     s.position = keys - n;
     s.begin = max(max(s.position, -1) - a.window + 1, 0);
     s.end = keys;
@@ -57,7 +58,7 @@ __device__ inline Sequence sequence_at(const Attention &a, int index, int first,
   }
   const bool chunk = a.k.data;
   const int length = cached_tokens(a, index, n), stored = chunk ? length : length + n;  // positions below are in the ring
-  const int oldest = max(max(length - a.window + 1, stored - a.capacity), 0);
+  const int oldest = max(max(length - a.window + 1, length - a.longest_cache), max(stored - a.capacity, 0));
   s.begin = (align - (length - oldest) % align) % align;
   s.chunk = s.begin + stored - oldest;
   s.position = s.begin + length - oldest;

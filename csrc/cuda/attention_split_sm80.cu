@@ -3,13 +3,13 @@
 //
 //   unit       16 rows x a key head x a span of keys (attention.h): the rows of a decoding step with groups of up to 16, so that keys and values
 //              are read once for the group
-//   grid       two blocks an SM; block b takes the units b, b + gridDim.x, ..: key heads fastest, whose rows lie side by side
+//   grid       two blocks an SM, as fit on 8.0 and 9.0; block b takes the units b, b + gridDim.x, ..: key heads fastest, whose rows lie side by side
 //   step       16 keys of one warp: warp w takes the keys 16 w, 16 w + 64, .. of a span with a softmax and sums of its own. Its copies are its
 //              own, too, and run on into its next unit: no barrier among warps but at the end of a unit, where they add up
 //   shared     4 warps x 2 steps x 16 rows of k and of v: D = 128 64 KB, D = 64 32 KB, and 16 rows of f32 for the sums. Rows of D * 2 bytes,
 //              their 16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
 //   in flight  48 KB and more of keys and values a block with D = 128; 3.35 TB/s * 0.7 us / 132 SMs = 18 KB an SM are needed
-//   registers  D = 128: 190 to 193, of them 64 sums, 32 of q, 8 scores; D = 64: 146 to 148
+//   registers  D = 128: 188 to 191, of them 64 sums, 32 of q, 8 scores; D = 64: 144 to 146
 //   barriers   six a unit
 //   moved      D * 4 bytes a key and key head, once; (D + 2) * 4 bytes a span, row and head out and back, where there are two spans or more
 #include "attention_kernels.h"
@@ -67,15 +67,19 @@ __device__ __noinline__ SplitUnit unit_at(const Attention &a, int64_t index) {
 
 // What the spans of a row leave: sums of weighted values, and the shift and the sum of their weights.
 struct Partial {
-  float *sums;    // [places][key heads][most rows][D]
-  float2 *softmax;  // [places][key heads][most rows]
-  int most_rows, sequence_places;
+  float *sums;      // [places * key heads][D]
+  float2 *softmax;  // [places * key heads]
+  AttentionConfig config;
 
-  // Place of span 0 of a sequence; spans follow each other. Packed keys: each span but the last has kLeastSpan keys or more of its own.
-  __device__ int64_t place(const Attention &a, const Segment &s, const Sequence &sequence) const {
-    return sequence_places ? (int64_t)s.index * sequence_places : sequence.first_token / kLeastSpan + s.index;
+  __device__ int64_t at(const Attention &a, const Segment &s, const Sequence &sequence, int head, int row, int span) const {
+    if (config.layout == AttentionConfig::kSpansOfKeys) {
+      // A sequence of several spans has more than kLeastSpan keys of its own, and so two places for each kLeastSpan are enough.
+      const int64_t place = (int64_t)sequence.first_token * 2 / kLeastSpan + span;
+      return (place * a.key_heads + head) * config.most_rows + row;
+    }
+    const int64_t first = config.layout == AttentionConfig::kRowsOfTokens ? (int64_t)s.begin * a.group : (int64_t)s.index * config.most_rows;
+    return ((first + row) * a.key_heads + head) * config.most_spans + span;
   }
-  __device__ int64_t row(const Attention &a, int64_t place, int head, int row) const { return (place * a.key_heads + head) * most_rows + row; }
 };
 
 template <class T, int kHeadDim>
@@ -277,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
         if (a.lse && thread % kFours == 0)
           *lse_of_row(a, unit.segment, unit.head, at_row) = log_sum_exp(softmax_shift(r.highest, a.scale), r.sum);
       } else {
-        const int64_t to = partial.row(a, partial.place(a, unit.segment, unit.sequence) + unit.span, unit.head, at_row);
+        const int64_t to = partial.at(a, unit.segment, unit.sequence, unit.head, at_row, unit.span);
         *(float4 *)(partial.sums + to * kHeadDim + thread % kFours * 4) = x;
         if (thread % kFours == 0) partial.softmax[to] = make_float2(r.sum == 0.0f ? -INFINITY : softmax_shift(r.highest, a.scale), r.sum);
       }
@@ -287,7 +291,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
 
 // One warp a row of a sequence with several spans; lane l has spans l and l + 32, and kHeadDim / 32 columns.
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 8) attention_combine_kernel(const __grid_constant__ Attention a, const __grid_constant__ Partial partial) {
+__global__ void __launch_bounds__(kThreads, 8)
+    attention_combine_kernel(const __grid_constant__ Attention a, const __grid_constant__ Partial partial) {
   constexpr int kColumns = kHeadDim / 32;
   const int lane = threadIdx.x % 32;
   for (int64_t index = blockIdx.x * kWarps + threadIdx.x / 32;; index += gridDim.x * kWarps) {
@@ -301,13 +306,13 @@ __global__ void __launch_bounds__(kThreads, 8) attention_combine_kernel(const __
     const Sequence sequence = sequence_at(a, segment.index, segment.begin, segment.rows, 1);
     const int rows = segment.rows * a.group, head = (int)segment.unit / rows, row = (int)segment.unit % rows;
     const int spans = span_count(sequence.end - sequence.begin);
-    const int64_t first = partial.place(a, segment, sequence);
+    const auto place = [&](int span) { return partial.at(a, segment, sequence, head, row, span); };
 
     float2 one[2];
     float shift = -INFINITY;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      one[i] = lane + 32 * i < spans ? partial.softmax[partial.row(a, first + lane + 32 * i, head, row)] : make_float2(-INFINITY, 0.0f);
+      one[i] = lane + 32 * i < spans ? partial.softmax[place(lane + 32 * i)] : make_float2(-INFINITY, 0.0f);
       shift = fmaxf(shift, one[i].x);
     }
     for (int d = 16; d; d /= 2) shift = fmaxf(shift, __shfl_xor_sync(~0u, shift, d));
@@ -325,7 +330,7 @@ __global__ void __launch_bounds__(kThreads, 8) attention_combine_kernel(const __
 #pragma unroll 8
     for (int span = 0; span < spans; ++span) {
       const float weight = __shfl_sync(~0u, span < 32 ? factor[0] : factor[1], span % 32);
-      const float *from = partial.sums + partial.row(a, first + span, head, row) * kHeadDim + lane * kColumns;
+      const float *from = partial.sums + place(span) * kHeadDim + lane * kColumns;
       float x[kColumns];
       if constexpr (kColumns == 4)
         *(float4 *)x = *(const float4 *)from;
@@ -369,8 +374,7 @@ cudaError_t attention_split(const Attention &a, const AttentionConfig &config, v
   Partial partial = {};
   partial.sums = (float *)workspace;
   partial.softmax = (float2 *)((char *)workspace + partial_sums_bytes(a, config));
-  partial.most_rows = config.most_rows;
-  partial.sequence_places = config.sequence_places;
+  partial.config = config;
   cudaError_t error = cudaSuccess;
   with_kernels(a.dtype, a.head_dim, [&](auto split, auto combine, int shared) {
     error = launch(split, dim3((unsigned)config.split_blocks), kThreads, shared, stream, a.early, a, partial);

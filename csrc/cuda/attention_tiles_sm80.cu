@@ -3,9 +3,9 @@
 //   tile       128 rows x 64 keys, 4 warps of 32 rows. The rows of a key head's query heads are packed, row = token * group + head: with
 //              groups of 4 a block is 32 tokens, so it sees 32 + W - 1 keys, not 128 + W - 1, and reads them once for its 4 heads
 //   keys       from the diagonal down to the window's left edge; tiles with keys that some row does not see are masked, those between are not
-//   grid       all tiles of rows there can be, of a sequence the last ones first: they see most keys
-//   shared     q 128 rows, k and v 64 rows each: D = 128 64 KB, two blocks an SM since sm_80; D = 64 32 KB. Rows of D * 2 bytes, their
-//              16-byte units swizzled by row % 8: no bank conflict in copies, ldmatrix or the result's way out
+//   grid       all tiles of rows there can be, of a sequence the last ones first: they see most keys, and what ends a grid are short ones
+//   shared     q 128 rows, k and v 64 rows each: D = 128 64 KB, two blocks an SM on 8.0 and 9.0, one on 8.6 and 8.9; D = 64 32 KB. Rows of
+//              D * 2 bytes, their 16-byte units swizzled by row % 8: no bank conflict in copies, ldmatrix or the result's way out
 //   copies     cp.async, 16 bytes a thread: v while the scores are made, the next k while v is multiplied
 //   registers  D = 128: 252 to 255, of them 128 sums of values, 64 scores, 16 + 8 fragments of q and k; D = 64: 230 to 242, 64 sums
 //   barriers   two a tile of keys

@@ -40,7 +40,6 @@ size_t moe_experts_workspace_size(const mixtral_moe_experts_params &p, const Moe
 mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_experts_params &p, const MoeExpertsConfig &config,
                            void *workspace, void *stream);
 
-
 size_t sliding_window_attention_workspace_size(const mixtral_context &context, const mixtral_sliding_window_attention_params &p,
                                                const AttentionConfig &config);
 mixtral_status sliding_window_attention(const mixtral_context &context, const mixtral_sliding_window_attention_params &p,

@@ -80,7 +80,10 @@ cudaError_t rotate_store(const Attention &a, const Chunk &c, Rotate rotate, cons
   return error;
 }
 
-bool single(const mixtral_rolling_attention_params &p) { return (p.max_seqlen_q ? p.max_seqlen_q : p.q.shape[0]) == 1; }
+int64_t longest_queries(const mixtral_rolling_attention_params &p) {
+  return p.max_seqlen_q && p.max_seqlen_q < p.q.shape[0] ? p.max_seqlen_q : p.q.shape[0];
+}
+bool single(const mixtral_rolling_attention_params &p) { return longest_queries(p) == 1; }
 
 struct Layout {
   size_t rotated_q, rotated_k, attention;  // byte offsets
@@ -103,7 +106,7 @@ Attention attention_of(const mixtral_context &context, const mixtral_rolling_att
   a.group = (int32_t)(p.q.shape[1] / p.k_cache.shape[2]);
   a.sequences = (int32_t)(p.cu_seqlens_q.shape[0] - 1);
   a.query_tokens = (int32_t)p.q.shape[0];
-  a.longest_queries = (int32_t)(p.max_seqlen_q ? p.max_seqlen_q : p.q.shape[0]);
+  a.longest_queries = (int32_t)longest_queries(p);
   a.overlaps = context.overlaps_kernels;
   a.q = packed_heads(p.q);
   a.out = packed_heads(p.out);
@@ -115,7 +118,6 @@ Attention attention_of(const mixtral_context &context, const mixtral_rolling_att
   a.slots = (int32_t)p.k_cache.shape[0];
   a.capacity = (int32_t)p.k_cache.shape[1];
   a.longest_cache = p.max_cache_length >= 0 ? (int32_t)p.max_cache_length : INT32_MAX;
-  if (p.window == 0 && a.longest_cache > a.capacity) a.longest_cache = a.capacity;
   a.cache_lengths = (const int32_t *)p.cache_lengths.data;
   a.cache_slots = (const int32_t *)p.cache_slots.data;
   return a;

@@ -16,6 +16,7 @@ Attention attention_of(const mixtral_context &context, const mixtral_sliding_win
   a.sequences = batched ? (int32_t)p.q.shape[0] : p.cu_seqlens_q.ndim ? (int32_t)(p.cu_seqlens_q.shape[0] - 1) : 1;
   a.query_tokens = (int32_t)q[0];
   a.key_tokens = (int32_t)k[0];
+  a.longest_keys = p.max_seqlen_k ? (int32_t)p.max_seqlen_k : INT32_MAX;
   a.longest_queries = (int32_t)(p.cu_seqlens_q.ndim && p.max_seqlen_q ? p.max_seqlen_q : q[0]);
   a.overlaps = context.overlaps_kernels;
   a.q = heads(p.q);

@@ -25,7 +25,8 @@
  * Shape letters: T tokens, H hidden size, I intermediate size, E experts, K experts per token (top-k), S = T*K rows,
  * Hq/Hk query/key heads, D head dim, B sequences, W window, C cache slots per sequence, M/N/Kd GEMM sizes.
  *
- * Limits: 1 <= K <= 8 (moe_gate: K <= E too), 1 <= E <= 256, D in {64, 128}, S < 2^31, Hq a multiple of Hk.
+ * Limits: 1 <= K <= 8 (moe_gate: K <= E too), 1 <= E <= 256, D in {64, 128}, S < 2^31, Hq a multiple of Hk, query tokens of all
+ * sequences * Hq/Hk < 2^31.
  * CPU dtypes: f32, bf16, f16. CUDA dtypes: bf16, f16 (router logits also f32); of arrays in the model's dtype the data
  * pointers and all strides but the innermost are multiples of 16 bytes. Else any alignment that suits the element. The
  * innermost stride is 1 everywhere. The grouped products and moe_experts on CUDA: Kd, H and I multiples of 8.
@@ -311,9 +312,11 @@ MIXTRAL_API mixtral_status mixtral_moe_experts(const mixtral_context *context, c
  * Every array may have any batch, token and head stride (so [B, H, S, D] storage is passed as a view).
  *
  * A sequence's bits do not depend on the other sequences. CUDA: a NaN or infinity in k or v may also reach queries that do not see
- * it, if they share a block (128 rows of tokens * Hq/Hk) with one that does. The workspace is (D+2)*4 bytes for every span of
- * 256 keys and query head and token of sequences with up to 64 rows, as far as shapes and declared maxima tell; 1 or 2 launches
- * where all sequences are as long, up to 3 else. */
+ * it, if they share a block (128 rows, tokens * Hq/Hk) with one that does. Scores are good to |scale * q k^T| < 1e8. Keys beyond
+ * max_seqlen_k are not there, queries beyond max_seqlen_q are left alone; of cu_seqlens_k each pair is clamped by itself, and a bad
+ * one may spoil the results of other sequences. 1 or 2 launches where all sequences have as many queries, up to 3 else. The
+ * workspace is at most (D+2)*4 bytes a span, query token and head of sequences with up to 64 rows, where declared maxima admit
+ * more than 256 keys: the keys that a sequence sees are divided into spans of 256, or into 64 if they are more than 16384. */
 typedef struct mixtral_sliding_window_attention_params {
   size_t struct_size;          /* sizeof(mixtral_sliding_window_attention_params) */
   mixtral_tensor q;            /* f32, bf16 or f16, 3-D packed or 4-D batched */
@@ -349,7 +352,7 @@ MIXTRAL_API mixtral_status mixtral_sliding_window_attention(const mixtral_contex
  * from it. A window then needs W + max_seqlen_q - 1 <= C.
  * With window 0 no position may be overwritten: max_cache_length + max_seqlen_q <= C. On the CPU the lengths themselves are
  * checked; on CUDA both maxima must be given for that (without k and v max_seqlen_q), and the device drops stores beyond slot
- * C-1. There longer lengths count as max_cache_length, and new tokens beyond max_seqlen_q are left alone.
+ * C-1. There positions more than max_cache_length before the chunk are not seen, and new tokens beyond max_seqlen_q are left alone.
  * With rope_theta > 0, q and k arrive unrotated; both are rotated by their positions (as apply_rope does, rounded to
  * their dtype) before use, and the ring holds rotated keys. q, k and v themselves are not changed.
  *

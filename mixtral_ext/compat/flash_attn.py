@@ -125,7 +125,7 @@ def flash_attn_with_kvcache(
 
     Extension: with left < C the cache is a ring. Position p lives at p % C and cache_seqlens may exceed C, all the time
     counting the tokens since the start. Differences: k and v have as many tokens as q; without them a cache holds the
-    queries' own keys, cache_seqlens >= Sq, and several queries need left + Sq <= C, or left >= C - 1 and no ring; the
+    queries' own keys, cache_seqlens >= Sq (on CUDA a sequence with fewer gets out 0 and lse -inf), and several queries need left + Sq <= C, or left >= C - 1 and no ring; the
     indices in cache_batch_idx are distinct. num_splits, a tuning hint, is ignored. ValueError for what is not supported.
     """
     function = "flash_attn_with_kvcache"
@@ -175,8 +175,11 @@ def flash_attn_with_kvcache(
         max_seqlen_q=queries,
         max_cache_length=capacity - queries if longest is None and window is None else longest,
     )
-    out = out.view(q.shape)
-    return (out, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1).contiguous()) if return_softmax_lse else out
+    out, lse = out.view(q.shape), lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1).contiguous()
+    if not append and lengths.is_cuda and longest is None:  # a row of padding that a graph's batch holds
+        short = (lengths < 0)[:, None, None]
+        out, lse = out.masked_fill(short[..., None], 0), lse.masked_fill(short, float("-inf"))
+    return (out, lse) if return_softmax_lse else out
 
 
 def _window(function: str, causal: bool, window_size: tuple[int, int], queries: int) -> int | None:

@@ -1,5 +1,5 @@
 """sliding_window_attention and rolling_attention on the virtual GPU: their lists of cases and edges on both architectures under several
-schedules, which kernel has which rows, what they cost, bad values on the device."""
+schedules, which kernel has which rows, what they cost."""
 import math
 import re
 
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import c_api
 import vgpu
 from attention_checks import assert_accurate, numpy, same_bits, widened
 from mixtral_bench.cases import CASES, RollingAttentionCase, SlidingWindowAttentionCase
@@ -94,12 +93,14 @@ RAGGED = [
     SlidingWindowAttentionCase("no_maxima", sequences=((1, 300), (40, 70)), heads=4, maxima=False),
     SlidingWindowAttentionCase("batched_tiles", sequences=((40, 90),) * 3, heads=4, layout="transposed", keys=((0, 90), (30, 60), (85, 3)), window=50,
                                padding=8),
-    SlidingWindowAttentionCase("batched_split", sequences=((2, 700),) * 3, heads=4, layout="batched", keys=((0, 700), (300, 40), (0, 500)), window=600),
+    SlidingWindowAttentionCase("batched_split", sequences=((2, 700),) * 3, heads=4, layout="batched", keys=((0, 700), (300, 40), (0, 500)),
+                               window=600),
     SlidingWindowAttentionCase("many_sequences", sequences=tuple((i % 3, i % 5) for i in range(70)), heads=2),
     SlidingWindowAttentionCase("many_key_heads", sequences=((70, 70), (9, 9)), heads=6, key_heads=6, window=20, padding=16),
 ]
 RINGS = [
-    RollingAttentionCase("wrapped_spans", chunks=(1, 1, 1), lengths=(5000, 599, 1300), capacity=1300, window=1250, heads=8, key_heads=2, head_dim=128),
+    RollingAttentionCase("wrapped_spans", chunks=(1, 1, 1), lengths=(5000, 599, 1300), capacity=1300, window=1250, heads=8, key_heads=2,
+                         head_dim=128),
     RollingAttentionCase("window_is_capacity", chunks=(1, 4), lengths=(2000, 600), capacity=600, window=600, heads=4),
     RollingAttentionCase("long_chunks", chunks=(130, 1, 66), lengths=(333, 64, 0), capacity=160, window=100, heads=4, key_heads=2),
     RollingAttentionCase("chunk_past_capacity", chunks=(100,), lengths=(45,), capacity=64, window=64, heads=4, head_dim=128),
@@ -144,12 +145,12 @@ def test_scales(queries, scale, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", (-1e30, 1e8, 1e12, 1e30))
+@pytest.mark.parametrize("sign", (-1, 1))
 @pytest.mark.parametrize("queries", (1, 40))
-def test_large_scales(queries, scale, dtype):
-    """Any finite one is taken; scaled scores fit f32. One key has all the weight."""
+def test_large_scales(queries, sign, dtype):
+    """Scaled scores near 1e8, which the header sets as the limit. One key has all the weight."""
     inputs = one(queries, 300, heads=4).inputs(DTYPES[dtype])
-    inputs["softmax_scale"] = scale
+    inputs["softmax_scale"] = sign * 9e7 / float(torch.einsum("qhd,kd->hqk", inputs["q"].double(), inputs["k"][:, 0].double()).abs().max())
     got, exact = run(vgpu.Gpu(), SLIDING, inputs), reference.sliding_window_attention(**widened(inputs))
     close = torch.isclose(got[0].double(), exact[0], rtol=2**-7, atol=0.02).all(-1)
     assert got[0].isfinite().all() and close.float().mean() > 0.97  # two scores may differ by less than f32 shows
@@ -260,7 +261,8 @@ def kernels(gpu):
 
 
 @pytest.mark.parametrize("case, launches", [
-    (one(16, 16, heads=4), [SPLIT]), (one(17, 17, heads=4), [TILES]), (one(16, 257, heads=4), [SPLIT, COMBINE]), (one(1, 9000, heads=4, window=256), [SPLIT]),
+    (one(16, 16, heads=4), [SPLIT]), (one(17, 17, heads=4), [TILES]), (one(16, 257, heads=4), [SPLIT, COMBINE]),
+    (one(1, 9000, heads=4, window=256), [SPLIT]),
     (one(1, 9000, heads=4, window=257), [SPLIT, COMBINE]), (one(65, 9, heads=1), [TILES]), (one(0, 9), []),
     (SlidingWindowAttentionCase("ragged", sequences=((70, 70), (1, 300))), [SPLIT, COMBINE, TILES]),
     (SlidingWindowAttentionCase("ragged_short", sequences=((70, 70), (1, 3))), [SPLIT, TILES]),
@@ -340,7 +342,8 @@ def test_cost_of_tiles(n, m, group, window, head_dim, arch):
 
 @ARCHS
 @pytest.mark.parametrize("head_dim", (64, 128))
-@pytest.mark.parametrize("length, capacity, window, group", ((300, 512, 512, 4), (5000, 1024, 1024, 4), (700, 600, 555, 16), (50, 64, 64, 1), (999, 1000, 999, 2)))
+@pytest.mark.parametrize("length, capacity, window, group", ((300, 512, 512, 4), (5000, 1024, 1024, 4), (700, 600, 555, 16), (50, 64, 64, 1),
+                                                             (999, 1000, 999, 2)))
 def test_cost_of_decoding(length, capacity, window, group, head_dim, arch):
     """Keys and values once for the group, q once a warp; sums of a span out and back; masks at the end of the keys alone."""
     gpu, key_heads = vgpu.Gpu(arch), 2
@@ -364,7 +367,8 @@ def test_cost_of_decoding(length, capacity, window, group, head_dim, arch):
         assert combine[0]["global_store_bytes"] == out and combine[0]["blocks"] == min(8 * SM_COUNT, ceil_div(rows, 4))
 
 
-@pytest.mark.parametrize("batch, tokens, longest, capacity, window", ((128, 128, 1, 4096, 4096), (128, 255, 128, 4096, 4096), (128, 255, 128, 32768, None)))
+@pytest.mark.parametrize("batch, tokens, longest, capacity, window", ((128, 128, 1, 4096, 4096), (128, 255, 128, 4096, 4096),
+                                                                      (128, 255, 128, 32768, None)))
 def test_workspace(batch, tokens, longest, capacity, window):
     """As the header says: (D+2)*4 bytes a span, query head and token that there are; with decoding beside a prompt, too."""
     def array(*shape):
@@ -387,158 +391,10 @@ def test_resources():
             for name, r in vgpu.resources(ptx).items():
                 if match := re.search(rf"({TILES}|{SPLIT}|{COMBINE}).*Li(64|128)E", name):
                     found.setdefault((match[1], int(match[2])), []).append(r)
-    held = {(TILES, 64): 64 + 64 + 24, (TILES, 128): 128 + 64 + 24, (SPLIT, 64): 32 + 16 + 8, (SPLIT, 128): 64 + 32 + 8, (COMBINE, 64): 0, (COMBINE, 128): 0}
+    held = {(TILES, 64): 64 + 64 + 24, (TILES, 128): 128 + 64 + 24, (SPLIT, 64): 32 + 16 + 8, (SPLIT, 128): 64 + 32 + 8, (COMBINE, 64): 0,
+            (COMBINE, 128): 0}
     assert found.keys() == held.keys()
     for kernel, all_of in found.items():
         assert len(all_of) == 4  # two dtypes, two architectures
         for r in all_of:
             assert r["spills"] == 0 and r["shared_bytes"] == 0 and held[kernel] < r["registers"] <= (64 if kernel[0] == COMBINE else 255), (kernel, r)
-
-
-# --------------------------------------------------------------------------------------------- bad values on the device
-
-BIG = 2**31 - 1
-
-
-def clamped(offsets, tokens):
-    """The rule: the running maximum of the offsets, each clamped to what there is."""
-    return torch.tensor(offsets).clamp(0, tokens).cummax(0).values.int()
-
-
-@pytest.mark.parametrize("name", ("cu_seqlens_q", "cu_seqlens_k"))
-@pytest.mark.parametrize("values", ((1, 80, 90), (0, 80, 70), (0, BIG, BIG), (-BIG - 1, 75, 90), (0, -5, 90), (90, 0, 0), (-1, -1, -1), (0, 80, 1000)), ids=str)
-def test_bad_bounds(name, values):
-    """90 tokens in two sequences. Nothing is read or written out of range, and the result is that of the clamped bounds."""
-    case = SlidingWindowAttentionCase("", sequences=((80, 80), (10, 10)), heads=2, window=60, maxima=False)
-    inputs = case.inputs(torch.bfloat16)
-    bad = {**inputs, name: torch.tensor(values).int()}
-    good = {**inputs, name: clamped(values, 90)}
-    low, exact = reference.sliding_window_attention(**good), reference.sliding_window_attention(**widened(good))
-    for value, rounded, wide in zip(run(vgpu.Gpu(), SLIDING, bad), low, exact):
-        assert (value[wide.isnan()] == UNTOUCHED).all()
-        assert_accurate(value[~wide.isnan()], rounded[~wide.isnan()], wide[~wide.isnan()])
-
-
-def test_longer_than_declared():
-    """Tokens beyond max_seqlen_q are left alone; the workspace is that of the declared maxima."""
-    for longest, n in ((3, 9), (1, 9), (20, 90)):
-        inputs = SlidingWindowAttentionCase("", sequences=((n, 600), (1, 600)), heads=4).inputs(torch.bfloat16) | {"max_seqlen_q": longest}
-        out, lse = run(vgpu.Gpu(), SLIDING, inputs)
-        assert (out[longest:n] == UNTOUCHED).all() and (lse[:, longest:n] == UNTOUCHED).all()
-        assert (out[:longest] != UNTOUCHED).any(-1).all() and (out[n] != UNTOUCHED).any(-1).all()
-
-
-@pytest.mark.parametrize("longest, queries", ((1, 1), (100, 1), (256, 16), (257, 1), (100, 40)))
-def test_more_keys_than_declared(longest, queries):
-    """Nothing is written outside of what the declared maxima ask for, and the other sequence is as it is."""
-    inputs = SlidingWindowAttentionCase("", sequences=((1, 90), (queries, 700)), heads=4).inputs(torch.bfloat16) | {"max_seqlen_k": 700}
-    expected = run(vgpu.Gpu(), SLIDING, inputs)
-    inputs["max_seqlen_k"] = longest
-    out, lse = run(vgpu.Gpu(), SLIDING, inputs)
-    assert out.isfinite().all() and not lse.isnan().any()
-    if longest >= 90:
-        assert same_bits(out[0], expected[0][0]) and same_bits(lse[:, 0], expected[1][:, 0])
-
-
-@pytest.mark.parametrize("values", ((0, 600, 10, 50), (0, 700, 300, 800), (0, 700, -1, 800)), ids=str)
-def test_bad_bounds_of_three(values):
-    """Keys of a sequence behind one that ends later: the running maximum, as of cu_seqlens_q. The first sequence's are in order."""
-    inputs = SlidingWindowAttentionCase("", sequences=((1, 300),) * 3, heads=2, maxima=False).inputs(torch.bfloat16)
-    bad, good = ({**inputs, "cu_seqlens_k": x} for x in (torch.tensor(values).int(), clamped(values, 900)))
-    low, exact = reference.sliding_window_attention(**good), reference.sliding_window_attention(**widened(good))
-    for value, rounded, wide in zip(run(vgpu.Gpu(), SLIDING, bad), low, exact):
-        assert_accurate(value, rounded, wide)
-
-
-def test_a_ring_without_slots():
-    """Its memory may be NULL, as torch's of an empty tensor is: every slot is a bad one."""
-    inputs = RollingAttentionCase("", chunks=(1, 1), lengths=(0, 0), cache_slots=(0, 1), rope_theta=1e4).inputs(torch.bfloat16)
-    out, lse, gpu = torch.full_like(inputs["q"], UNTOUCHED), torch.full((2, 2), UNTOUCHED), vgpu.Gpu()
-    tensor, inputs["k_cache"], inputs["v_cache"] = c_api.tensor, *(inputs[name][:0] for name in ("k_cache", "v_cache"))
-
-    def with_null(array, dtype=None):
-        t = tensor(array, dtype)
-        t.data = t.data if array.size else None
-        return t
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(c_api, "tensor", with_null)
-        gpu.call(ROLLING, outputs=("out", "lse"), **{name: numpy(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()},
-                 out=numpy(out), lse=numpy(lse))
-    assert (out == UNTOUCHED).all() and (lse == UNTOUCHED).all()
-
-
-@pytest.mark.parametrize("start, length", ((-1, 20), (31, 5), (BIG, BIG), (-BIG - 1, -BIG - 1), (10, 21), (3, -1), (0, BIG)))
-def test_bad_key_ranges(start, length):
-    """30 keys each; the second sequence's range is bad."""
-    case = SlidingWindowAttentionCase("", sequences=((20, 30),) * 2, heads=4, layout="batched", window=9)
-    inputs = case.inputs(torch.bfloat16)
-    first = min(max(start, 0), 30)
-    ranges = dict(k_start=torch.tensor([2, first]).int(), k_length=torch.tensor([20, min(max(length, 0), 30 - first)]).int())
-    low, exact = (reference.sliding_window_attention(**x, **ranges) for x in (inputs, widened(inputs)))
-    got = run(vgpu.Gpu(), SLIDING, {**inputs, "k_start": torch.tensor([2, start]).int(), "k_length": torch.tensor([20, length]).int()})
-    for value, rounded, wide in zip(got, low, exact):
-        assert_accurate(value, rounded, wide)
-
-
-@pytest.mark.parametrize("rope_theta", (None, 1e4))
-@pytest.mark.parametrize("chunks", ((1, 1, 1), (40, 1, 3)), ids=str)
-@pytest.mark.parametrize("slot", (-1, 4, BIG, -BIG - 1))
-def test_bad_slots_are_skipped(slot, chunks, rope_theta):
-    case = RollingAttentionCase("", chunks=chunks, lengths=(20, 500, 90), capacity=300, window=290, heads=4, slots=4, cache_slots=(3, 0, 1),
-                                rope_theta=rope_theta)
-    inputs, gpu = case.inputs(torch.bfloat16), vgpu.Gpu()
-    whole = run(gpu, ROLLING, inputs)
-    inputs["cache_slots"][1] = slot
-    out, lse, *caches = run(gpu, ROLLING, inputs)
-    skipped = slice(chunks[0], chunks[0] + chunks[1])
-    assert (out[skipped] == UNTOUCHED).all() and (lse[:, skipped] == UNTOUCHED).all()
-    out[skipped], lse[:, skipped] = whole[0][skipped], whole[1][:, skipped]
-    assert same_bits(out, whole[0]) and same_bits(lse, whole[1])
-    for cache, given, other in zip(caches, (inputs["k_cache"], inputs["v_cache"]), whole[2:]):
-        assert same_bits(cache[0], given[0]) and same_bits(cache[1:], other[1:])
-
-
-@pytest.mark.parametrize("chunks", ((1, 1), (40, 1)), ids=str)
-@pytest.mark.parametrize("length", (-1, -BIG - 1, BIG, 101))
-def test_bad_lengths(length, chunks):
-    """They count as 0 or as the declared maximum, 100."""
-    case = RollingAttentionCase("", chunks=chunks, lengths=(20, 100), capacity=130, window=101, heads=4)
-    inputs, gpu = case.inputs(torch.bfloat16), vgpu.Gpu()
-    inputs["cache_lengths"][0] = min(max(length, 0), 100)
-    if length > 0:
-        inputs["k_cache"][0], inputs["v_cache"][0] = inputs["k_cache"][1], inputs["v_cache"][1]
-    good = run(gpu, ROLLING, inputs)
-    inputs["cache_lengths"][0] = length
-    assert all(same_bits(a, b) for a, b in zip(run(gpu, ROLLING, inputs), good))
-
-
-@pytest.mark.parametrize("chunks", ((1, 1), (40, 2)), ids=str)
-@pytest.mark.parametrize("read_only", (False, True))
-def test_more_than_a_cache_without_a_window_holds(chunks, read_only):
-    """Lengths beyond what was declared: the device stores nothing beyond the last place, and reads nothing there."""
-    case = RollingAttentionCase("", chunks=chunks, lengths=(10, 3), capacity=60, window=None, heads=4, read_only=read_only)
-    inputs = case.inputs(torch.bfloat16)
-    inputs["k_cache"].nan_to_num_(0.5), inputs["v_cache"].nan_to_num_(0.5)
-    inputs["cache_lengths"][0] = 59
-    inputs["max_cache_length"] = 60 - max(chunks)
-    out, lse, *caches = run(vgpu.Gpu(), ROLLING, inputs)
-    assert out.isfinite().all() and lse.isfinite().all()
-    stored = 0 if read_only else 60 - inputs["max_cache_length"]
-    for cache, given, new in zip(caches, (inputs["k_cache"], inputs["v_cache"]), "kv"):
-        assert same_bits(cache[0, :60 - stored], given[0, :60 - stored])
-        assert read_only or same_bits(cache[0, 60 - stored:], inputs[new][:stored])
-
-
-@pytest.mark.parametrize("changes, match", [
-    (dict(window=0, max_cache_length=-1), "max_cache_length: expected a value of 0 or more on CUDA without a window, got -1"),
-    (dict(window=0, max_seqlen_q=0), "max_seqlen_q: expected a value of 1 or more on CUDA without a window, got 0"),
-    (dict(window=0, max_cache_length=59), r"max_cache_length: expected max_cache_length \+ max_seqlen_q <= 60 \(capacity\) without a window, got 59 \+ 2"),
-    (dict(k=None, v=None, max_seqlen_q=0), "max_seqlen_q: expected a value of 1 or more on CUDA without k and v, got 0"),
-    (dict(k=None, v=None), r"window: expected window \+ max_seqlen_q - 1 <= 60 \(capacity\) without k and v, got 60 \+ 2 - 1")])
-def test_refused(changes, match):
-    """What the host can see, before anything is written."""
-    inputs = RollingAttentionCase("", chunks=(2, 1), lengths=(10, 3), capacity=60, window=60, heads=4).inputs(torch.bfloat16) | changes
-    with pytest.raises(c_api.MixtralError, match=match) as error:
-        run(vgpu.Gpu(), ROLLING, inputs)
-    assert error.value.status == c_api.INVALID_ARGUMENT
