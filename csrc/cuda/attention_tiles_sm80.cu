@@ -7,7 +7,7 @@
 //   shared     q 128 rows, k and v 64 rows each: D = 128 64 KB, two blocks an SM on 8.0 and 9.0, one on 8.6 and 8.9; D = 64 32 KB. Rows of
 //              D * 2 bytes, their 16-byte units swizzled by row % 8: no bank conflict in copies, ldmatrix or the result's way out
 //   copies     cp.async, 16 bytes a thread: v while the scores are made, the next k while v is multiplied
-//   registers  D = 128: 252 to 255, of them 128 sums of values, 64 scores, 16 + 8 fragments of q and k; D = 64: 230 to 242, 64 sums
+//   registers  D = 128: 255, of them 128 sums of values, 64 scores, 16 + 8 fragments of q and k; D = 64: 230 to 238, 64 sums
 //   barriers   two a tile of keys
 //   moved      (W + 32) * D * 4 bytes of k and v a block, from L2
 //   FLOPs      tiles of keys * 128 * 64 * D * 4, in warps that have rows; per row of a tile 64 powers of two
