@@ -9,7 +9,7 @@
 //   shared     4 warps x 2 steps x 16 rows of k and of v: D = 128 64 KB, D = 64 32 KB, and 16 rows of f32 for the sums. Rows of D * 2 bytes,
 //              their 16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
 //   in flight  48 KB and more of keys and values a block with D = 128; 3.35 TB/s * 0.7 us / 132 SMs = 18 KB an SM are needed
-//   registers  D = 128: 188 to 191, of them 64 sums, 32 of q, 8 scores; D = 64: 144 to 146
+//   registers  D = 128: 188 to 192, of them 64 sums, 32 of q, 8 scores; D = 64: 144 to 146
 //   barriers   six a unit
 //   moved      D * 4 bytes a key and key head, once; (D + 2) * 4 bytes a span, row and head out and back, where there are two spans or more
 #include "attention_kernels.h"

@@ -384,17 +384,17 @@ def test_workspace(batch, tokens, longest, capacity, window):
 
 
 def test_resources():
-    """Nothing spills; a tile's sums, scores and fragments are in registers. 128 threads with 255 of them fit an SM twice."""
+    """As the heads of the files say. Nothing spills; sums, scores and fragments are in registers. 128 threads with 255 fit an SM twice."""
     found = {}
     for ptx in vgpu.Gpu.library_ptx():
         if "attention_" in ptx:
             for name, r in vgpu.resources(ptx).items():
                 if match := re.search(rf"({TILES}|{SPLIT}|{COMBINE}).*Li(64|128)E", name):
                     found.setdefault((match[1], int(match[2])), []).append(r)
-    held = {(TILES, 64): 64 + 64 + 24, (TILES, 128): 128 + 64 + 24, (SPLIT, 64): 32 + 16 + 8, (SPLIT, 128): 64 + 32 + 8, (COMBINE, 64): 0,
-            (COMBINE, 128): 0}
-    assert found.keys() == held.keys()
+    registers = {(TILES, 64): (64 + 64 + 24, 238), (TILES, 128): (128 + 64 + 24, 255), (SPLIT, 64): (32 + 16 + 8, 146),
+                 (SPLIT, 128): (64 + 32 + 8, 192), (COMBINE, 64): (1, 64), (COMBINE, 128): (1, 64)}  # at least, at most
+    assert found.keys() == registers.keys()
     for kernel, all_of in found.items():
         assert len(all_of) == 4  # two dtypes, two architectures
         for r in all_of:
-            assert r["spills"] == 0 and r["shared_bytes"] == 0 and held[kernel] < r["registers"] <= (64 if kernel[0] == COMBINE else 255), (kernel, r)
+            assert r["spills"] == 0 and r["shared_bytes"] == 0 and registers[kernel][0] <= r["registers"] <= registers[kernel][1], (kernel, r)
