@@ -44,7 +44,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_moe_experts_p
 
 namespace {
 
-cuda::MoeExpertsConfig config_of(const mixtral_context &context, const mixtral_moe_experts_params &p) {
+[[maybe_unused]] cuda::MoeExpertsConfig config_of(const mixtral_context &context, const mixtral_moe_experts_params &p) {
   const int64_t tokens = p.topk_ids.shape[0], top_k = p.topk_ids.shape[1], experts = p.w_gate_up.shape[0];
   // A token goes to an expert once.
   return {routing_config(tokens, top_k, experts), grouped_gemm_config(tokens * top_k, tokens, experts, context.sm_count)};

@@ -78,7 +78,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_rolling_atten
 
 namespace {
 
-cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_rolling_attention_params &p) {
+[[maybe_unused]] cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_rolling_attention_params &p) {
   const int64_t capacity = p.k_cache.shape[1];
   const int64_t cached = p.max_cache_length >= 0 && p.max_cache_length < capacity ? p.max_cache_length : capacity;
   AttentionShape s = {};

@@ -72,7 +72,7 @@ mixtral_status check(const mixtral_context *context, const mixtral_sliding_windo
 
 namespace {
 
-cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_sliding_window_attention_params &p) {
+[[maybe_unused]] cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_sliding_window_attention_params &p) {
   const bool batched = p.q.ndim == 4, bounds = p.cu_seqlens_q.ndim;
   const int64_t *q = p.q.shape + batched, *k = p.k.shape + batched;  // tokens, heads, D
   AttentionShape s = {};
