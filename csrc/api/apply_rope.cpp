@@ -32,8 +32,8 @@ extern "C" mixtral_status mixtral_apply_rope(const mixtral_context *context, con
   mixtral_status status = mixtral::api::check(context, params);
   if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_apply_rope", *context, stream);
   if (status != MIXTRAL_OK) return status;
-#ifdef MIXTRAL_EXT_WITH_CUDA
-  if (context->device_type == MIXTRAL_DEVICE_CUDA) return mixtral::cuda::apply_rope(*context, *params, stream);
-#endif
+  if constexpr (mixtral::api::kWithCuda) {
+    if (context->device_type == MIXTRAL_DEVICE_CUDA) return mixtral::cuda::apply_rope(*context, *params, stream);
+  }
   return mixtral::cpu::apply_rope(*context, *params);
 }

@@ -1,20 +1,13 @@
-// How an attention divides its work among kernels: a pure function of shapes, for both ops.
+// What the two attention ops share before the kernels: their softmax, and how the work is divided among kernels.
 #pragma once
 #include "../cuda/attention.h"
 
 namespace mixtral::api {
 
-struct AttentionShape {
-  int64_t sequences;
-  int64_t queries;          // tokens of all sequences
-  int64_t longest_queries;  // of a sequence at most
-  bool equal_queries;       // every sequence has so many
-  int64_t longest_keys;     // that a sequence may see before the window, at most
-  int64_t packed_keys;      // of all sequences that lie one after the other in k, 0: they do not
-  int64_t window;           // 0: none
-  int64_t group, key_heads, head_dim;
-};
+// head_dim, window, scale and negative of an attention, from an op's params.
+void set_softmax(cuda::Attention &a, double softmax_scale, int64_t window, int64_t head_dim);
 
-cuda::AttentionConfig attention_config(const AttentionShape &s, int sm_count);
+// A pure function of shapes and declared maxima.
+cuda::AttentionConfig attention_config(const cuda::Attention &a, int sm_count);
 
 }  // namespace mixtral::api

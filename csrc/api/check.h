@@ -8,6 +8,13 @@
 
 namespace mixtral::api {
 
+// Under `if constexpr` the CUDA backend is compiled against, but not linked to, where there is none.
+#ifdef MIXTRAL_EXT_WITH_CUDA
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
 constexpr int64_t kAny = -1;  // a dimension of any size
 
 enum Dtypes {

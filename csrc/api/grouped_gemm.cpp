@@ -27,9 +27,9 @@ extern "C" mixtral_status mixtral_grouped_gemm(const mixtral_context *context, c
   using namespace mixtral;
   return api::run_with_workspace("mixtral_grouped_gemm", context, params, workspace, workspace_bytes, stream, api::bytes,
                                  [&](const mixtral_context &c, const mixtral_grouped_gemm_params &p, void *aligned) {
-#ifdef MIXTRAL_EXT_WITH_CUDA
-    if (c.device_type == MIXTRAL_DEVICE_CUDA) return api::grouped_gemm_cuda("mixtral_grouped_gemm", c, p, p.b, false, stream);
-#endif
+    if constexpr (api::kWithCuda) {
+      if (c.device_type == MIXTRAL_DEVICE_CUDA) return api::grouped_gemm_cuda("mixtral_grouped_gemm", c, p, p.b, false, stream);
+    }
     return cpu::grouped_gemm(c, p, aligned);
   });
 }

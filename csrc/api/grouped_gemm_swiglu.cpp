@@ -27,9 +27,9 @@ extern "C" mixtral_status mixtral_grouped_gemm_swiglu(const mixtral_context *con
   using namespace mixtral;
   return api::run_with_workspace("mixtral_grouped_gemm_swiglu", context, params, workspace, workspace_bytes, stream, api::bytes,
                                  [&](const mixtral_context &c, const mixtral_grouped_gemm_swiglu_params &p, void *aligned) {
-#ifdef MIXTRAL_EXT_WITH_CUDA
-    if (c.device_type == MIXTRAL_DEVICE_CUDA) return api::grouped_gemm_cuda("mixtral_grouped_gemm_swiglu", c, p, p.w_gate_up, true, stream);
-#endif
+    if constexpr (api::kWithCuda) {
+      if (c.device_type == MIXTRAL_DEVICE_CUDA) return api::grouped_gemm_cuda("mixtral_grouped_gemm_swiglu", c, p, p.w_gate_up, true, stream);
+    }
     return cpu::grouped_gemm_swiglu(c, p, aligned);
   });
 }

@@ -30,8 +30,8 @@ extern "C" mixtral_status mixtral_moe_combine(const mixtral_context *context, co
   mixtral_status status = mixtral::api::check(context, params);
   if (status == MIXTRAL_OK) status = mixtral::api::check_stream("mixtral_moe_combine", *context, stream);
   if (status != MIXTRAL_OK) return status;
-#ifdef MIXTRAL_EXT_WITH_CUDA
-  if (context->device_type == MIXTRAL_DEVICE_CUDA) return mixtral::cuda::moe_combine(*context, *params, false, stream);
-#endif
+  if constexpr (mixtral::api::kWithCuda) {
+    if (context->device_type == MIXTRAL_DEVICE_CUDA) return mixtral::cuda::moe_combine(*context, *params, false, stream);
+  }
   return mixtral::cpu::moe_combine(*context, *params);
 }

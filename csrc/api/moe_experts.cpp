@@ -44,16 +44,16 @@ mixtral_status check(const mixtral_context *context, const mixtral_moe_experts_p
 
 namespace {
 
-[[maybe_unused]] cuda::MoeExpertsConfig config_of(const mixtral_context &context, const mixtral_moe_experts_params &p) {
+cuda::MoeExpertsConfig config_of(const mixtral_context &context, const mixtral_moe_experts_params &p) {
   const int64_t tokens = p.topk_ids.shape[0], top_k = p.topk_ids.shape[1], experts = p.w_gate_up.shape[0];
   // A token goes to an expert once.
   return {routing_config(tokens, top_k, experts), grouped_gemm_config(tokens * top_k, tokens, experts, context.sm_count)};
 }
 
 size_t bytes(const mixtral_context &context, const mixtral_moe_experts_params &p) {
-#ifdef MIXTRAL_EXT_WITH_CUDA
-  if (context.device_type == MIXTRAL_DEVICE_CUDA) return cuda::moe_experts_workspace_size(p, config_of(context, p));
-#endif
+  if constexpr (kWithCuda) {
+    if (context.device_type == MIXTRAL_DEVICE_CUDA) return cuda::moe_experts_workspace_size(p, config_of(context, p));
+  }
   return cpu::moe_experts_workspace_size(context, p);
 }
 
@@ -70,9 +70,9 @@ extern "C" mixtral_status mixtral_moe_experts(const mixtral_context *context, co
   using namespace mixtral;
   return api::run_with_workspace("mixtral_moe_experts", context, params, workspace, workspace_bytes, stream, api::bytes,
                                  [&](const mixtral_context &c, const mixtral_moe_experts_params &p, void *aligned) {
-#ifdef MIXTRAL_EXT_WITH_CUDA
-    if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::moe_experts(c, p, api::config_of(c, p), aligned, stream);
-#endif
+    if constexpr (api::kWithCuda) {
+      if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::moe_experts(c, p, api::config_of(c, p), aligned, stream);
+    }
     return cpu::moe_experts(c, p, aligned);
   });
 }

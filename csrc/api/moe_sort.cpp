@@ -44,10 +44,10 @@ extern "C" mixtral_status mixtral_moe_sort(const mixtral_context *context, const
     size_t workspace_bytes, void *stream) {
   using namespace mixtral;
   return api::run_with_workspace("mixtral_moe_sort", context, params, workspace, workspace_bytes, stream, api::bytes,
-                                 [&](const mixtral_context &c, const mixtral_moe_sort_params &p, [[maybe_unused]] void *aligned) {
-#ifdef MIXTRAL_EXT_WITH_CUDA
-    if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::moe_sort(c, p, api::config_of(p), aligned, stream);
-#endif
+                                 [&](const mixtral_context &c, const mixtral_moe_sort_params &p, void *aligned) {
+    if constexpr (api::kWithCuda) {
+      if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::moe_sort(c, p, api::config_of(p), aligned, stream);
+    }
     return cpu::moe_sort(c, p);
   });
 }

@@ -78,25 +78,38 @@ mixtral_status check(const mixtral_context *context, const mixtral_rolling_atten
 
 namespace {
 
-[[maybe_unused]] cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_rolling_attention_params &p) {
-  const int64_t capacity = p.k_cache.shape[1];
-  const int64_t cached = p.max_cache_length >= 0 && p.max_cache_length < capacity ? p.max_cache_length : capacity;
-  AttentionShape s = {};
-  s.sequences = p.cu_seqlens_q.shape[0] - 1;
-  s.queries = p.q.shape[0];
-  s.longest_queries = p.max_seqlen_q && p.max_seqlen_q < s.queries ? p.max_seqlen_q : s.queries;
-  s.longest_keys = cached + s.longest_queries;
-  s.window = p.window;
-  s.group = p.q.shape[1] / p.k_cache.shape[2];
-  s.key_heads = p.k_cache.shape[2];
-  s.head_dim = p.q.shape[2];
-  return attention_config(s, context.sm_count);
+cuda::Attention attention_of(const mixtral_context &context, const mixtral_rolling_attention_params &p) {
+  cuda::Attention a = {};
+  set_softmax(a, p.softmax_scale, p.window, p.q.shape[2]);
+  a.dtype = p.q.dtype;
+  a.key_heads = (int32_t)p.k_cache.shape[2];
+  a.group = (int32_t)(p.q.shape[1] / p.k_cache.shape[2]);
+  a.sequences = (int32_t)(p.cu_seqlens_q.shape[0] - 1);
+  a.query_tokens = (int32_t)p.q.shape[0];
+  a.longest_queries = (int32_t)(p.max_seqlen_q && p.max_seqlen_q < p.q.shape[0] ? p.max_seqlen_q : p.q.shape[0]);
+  a.overlaps = context.overlaps_kernels;
+  a.q = cuda::packed_heads(p.q);
+  a.out = cuda::packed_heads(p.out);
+  a.lse = (float *)p.lse.data;
+  a.lse_head = p.q.shape[0];
+  a.cu_seqlens_q = (const int32_t *)p.cu_seqlens_q.data;
+  a.k_ring = cuda::batched_heads(p.k_cache);
+  a.v_ring = cuda::batched_heads(p.v_cache);
+  a.slots = (int32_t)p.k_cache.shape[0];
+  a.capacity = (int32_t)p.k_cache.shape[1];
+  a.longest_cache = p.max_cache_length >= 0 ? (int32_t)p.max_cache_length : INT32_MAX;
+  a.cache_lengths = (const int32_t *)p.cache_lengths.data;
+  a.cache_slots = (const int32_t *)p.cache_slots.data;
+  return a;
 }
 
 size_t bytes(const mixtral_context &context, const mixtral_rolling_attention_params &p) {
-#ifdef MIXTRAL_EXT_WITH_CUDA
-  if (context.device_type == MIXTRAL_DEVICE_CUDA) return cuda::rolling_attention_workspace_size(context, p, config_of(context, p));
-#endif
+  if constexpr (kWithCuda) {
+    if (context.device_type == MIXTRAL_DEVICE_CUDA) {
+      const cuda::Attention a = attention_of(context, p);
+      return cuda::rolling_attention_workspace_size(p, a, attention_config(a, context.sm_count));
+    }
+  }
   return cpu::rolling_attention_workspace_size(context, p);
 }
 
@@ -113,9 +126,12 @@ extern "C" mixtral_status mixtral_rolling_attention(const mixtral_context *conte
   using namespace mixtral;
   return api::run_with_workspace("mixtral_rolling_attention", context, params, workspace, workspace_bytes, stream, api::bytes,
                                  [&](const mixtral_context &c, const mixtral_rolling_attention_params &p, void *aligned) {
-#ifdef MIXTRAL_EXT_WITH_CUDA
-    if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::rolling_attention(c, p, api::config_of(c, p), aligned, stream);
-#endif
+    if constexpr (api::kWithCuda) {
+      if (c.device_type == MIXTRAL_DEVICE_CUDA) {
+        const cuda::Attention a = api::attention_of(c, p);
+        return cuda::rolling_attention(p, a, api::attention_config(a, c.sm_count), aligned, stream);
+      }
+    }
     return cpu::rolling_attention(c, p, aligned);
   });
 }

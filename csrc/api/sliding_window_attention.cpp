@@ -72,27 +72,42 @@ mixtral_status check(const mixtral_context *context, const mixtral_sliding_windo
 
 namespace {
 
-[[maybe_unused]] cuda::AttentionConfig config_of(const mixtral_context &context, const mixtral_sliding_window_attention_params &p) {
+cuda::Attention attention_of(const mixtral_context &context, const mixtral_sliding_window_attention_params &p) {
   const bool batched = p.q.ndim == 4, bounds = p.cu_seqlens_q.ndim;
   const int64_t *q = p.q.shape + batched, *k = p.k.shape + batched;  // tokens, heads, D
-  AttentionShape s = {};
-  s.sequences = batched ? p.q.shape[0] : bounds ? p.cu_seqlens_q.shape[0] - 1 : 1;
-  s.queries = batched ? s.sequences * q[0] : q[0];
-  s.longest_queries = bounds && p.max_seqlen_q && p.max_seqlen_q < q[0] ? p.max_seqlen_q : q[0];
-  s.equal_queries = !bounds;
-  s.longest_keys = bounds && p.max_seqlen_k && p.max_seqlen_k < k[0] ? p.max_seqlen_k : k[0];
-  s.packed_keys = bounds ? k[0] : 0;
-  s.window = p.window;
-  s.group = q[1] / k[1];
-  s.key_heads = k[1];
-  s.head_dim = q[2];
-  return attention_config(s, context.sm_count);
+  const auto heads = batched ? cuda::batched_heads : cuda::packed_heads;
+  cuda::Attention a = {};
+  set_softmax(a, p.softmax_scale, p.window, q[2]);
+  a.dtype = p.q.dtype;
+  a.key_heads = (int32_t)k[1];
+  a.group = (int32_t)(q[1] / k[1]);
+  a.sequences = batched ? (int32_t)p.q.shape[0] : bounds ? (int32_t)(p.cu_seqlens_q.shape[0] - 1) : 1;
+  a.query_tokens = (int32_t)q[0];
+  a.key_tokens = (int32_t)k[0];
+  a.longest_queries = (int32_t)(bounds && p.max_seqlen_q && p.max_seqlen_q < q[0] ? p.max_seqlen_q : q[0]);
+  a.longest_keys = (int32_t)(p.max_seqlen_k && p.max_seqlen_k < k[0] ? p.max_seqlen_k : k[0]);
+  a.overlaps = context.overlaps_kernels;
+  a.q = heads(p.q);
+  a.k = heads(p.k);
+  a.v = heads(p.v);
+  a.out = heads(p.out);
+  a.lse = (float *)p.lse.data;
+  a.lse_sequence = batched ? q[1] * q[0] : 0;
+  a.lse_head = q[0];
+  a.cu_seqlens_q = (const int32_t *)p.cu_seqlens_q.data;
+  a.cu_seqlens_k = (const int32_t *)p.cu_seqlens_k.data;
+  a.k_start = (const int32_t *)p.k_start.data;
+  a.k_length = (const int32_t *)p.k_length.data;
+  return a;
 }
 
 size_t bytes(const mixtral_context &context, const mixtral_sliding_window_attention_params &p) {
-#ifdef MIXTRAL_EXT_WITH_CUDA
-  if (context.device_type == MIXTRAL_DEVICE_CUDA) return cuda::sliding_window_attention_workspace_size(context, p, config_of(context, p));
-#endif
+  if constexpr (kWithCuda) {
+    if (context.device_type == MIXTRAL_DEVICE_CUDA) {
+      const cuda::Attention a = attention_of(context, p);
+      return cuda::attention_workspace_size(a, attention_config(a, context.sm_count));
+    }
+  }
   return cpu::sliding_window_attention_workspace_size(context, p);
 }
 
@@ -109,9 +124,12 @@ extern "C" mixtral_status mixtral_sliding_window_attention(const mixtral_context
   using namespace mixtral;
   return api::run_with_workspace("mixtral_sliding_window_attention", context, params, workspace, workspace_bytes, stream, api::bytes,
                                  [&](const mixtral_context &c, const mixtral_sliding_window_attention_params &p, void *aligned) {
-#ifdef MIXTRAL_EXT_WITH_CUDA
-    if (c.device_type == MIXTRAL_DEVICE_CUDA) return cuda::sliding_window_attention(c, p, api::config_of(c, p), aligned, stream);
-#endif
+    if constexpr (api::kWithCuda) {
+      if (c.device_type == MIXTRAL_DEVICE_CUDA) {
+        const cuda::Attention a = api::attention_of(c, p);
+        return cuda::attention("mixtral_sliding_window_attention", a, api::attention_config(a, c.sm_count), aligned, stream);
+      }
+    }
     return cpu::sliding_window_attention(c, p, aligned);
   });
 }

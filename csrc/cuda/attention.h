@@ -76,8 +76,6 @@ struct AttentionConfig {
 // [T, heads, D] and [B, T, heads, D] as the ops describe them.
 inline HeadArray packed_heads(const mixtral_tensor &x) { return {x.data, 0, x.stride[0], x.stride[1]}; }
 inline HeadArray batched_heads(const mixtral_tensor &x) { return {x.data, x.stride[0], x.stride[1], x.stride[2]}; }
-// head_dim, window, scale and negative of an attention, from an op's params.
-void set_softmax(Attention &a, double softmax_scale, int64_t window, int64_t head_dim);
 
 // Bytes of the partial results of the spans.
 size_t attention_workspace_size(const Attention &a, const AttentionConfig &config);

@@ -40,12 +40,9 @@ size_t moe_experts_workspace_size(const mixtral_moe_experts_params &p, const Moe
 mixtral_status moe_experts(const mixtral_context &context, const mixtral_moe_experts_params &p, const MoeExpertsConfig &config,
                            void *workspace, void *stream);
 
-size_t sliding_window_attention_workspace_size(const mixtral_context &context, const mixtral_sliding_window_attention_params &p,
-                                               const AttentionConfig &config);
-mixtral_status sliding_window_attention(const mixtral_context &context, const mixtral_sliding_window_attention_params &p,
-                                        const AttentionConfig &config, void *workspace, void *stream);
-size_t rolling_attention_workspace_size(const mixtral_context &context, const mixtral_rolling_attention_params &p, const AttentionConfig &config);
-mixtral_status rolling_attention(const mixtral_context &context, const mixtral_rolling_attention_params &p, const AttentionConfig &config,
-                                 void *workspace, void *stream);
+// p of an attention `a` that its api/ file has described; sliding_window_attention needs no more than attention() itself (attention.h).
+size_t rolling_attention_workspace_size(const mixtral_rolling_attention_params &p, const Attention &a, const AttentionConfig &config);
+mixtral_status rolling_attention(const mixtral_rolling_attention_params &p, Attention a, const AttentionConfig &config, void *workspace,
+                                 void *stream);
 
 }  // namespace mixtral::cuda

@@ -80,69 +80,40 @@ cudaError_t rotate_store(const Attention &a, const Chunk &c, Rotate rotate, cons
   return error;
 }
 
-int64_t longest_queries(const mixtral_rolling_attention_params &p) {
-  return p.max_seqlen_q && p.max_seqlen_q < p.q.shape[0] ? p.max_seqlen_q : p.q.shape[0];
-}
-bool single(const mixtral_rolling_attention_params &p) { return longest_queries(p) == 1; }
+bool single(const Attention &a) { return a.longest_queries == 1; }
 
 struct Layout {
   size_t rotated_q, rotated_k, attention;  // byte offsets
 };
 
-Layout layout(const mixtral_rolling_attention_params &p) {
+Layout layout(const mixtral_rolling_attention_params &p, const Attention &a) {
   const size_t tokens = (size_t)p.q.shape[0], head_bytes = (size_t)p.q.shape[2] * 2;
   const bool rotates = p.rope_theta > 0;
   Layout at = {};
   at.rotated_k = at.rotated_q + (rotates ? aligned(tokens * (size_t)p.q.shape[1] * head_bytes) : 0);
-  at.attention = at.rotated_k + (rotates && p.k.ndim && !single(p) ? aligned(tokens * (size_t)p.k_cache.shape[2] * head_bytes) : 0);
+  at.attention = at.rotated_k + (rotates && p.k.ndim && !single(a) ? aligned(tokens * (size_t)p.k_cache.shape[2] * head_bytes) : 0);
   return at;
-}
-
-Attention attention_of(const mixtral_context &context, const mixtral_rolling_attention_params &p) {
-  Attention a = {};
-  set_softmax(a, p.softmax_scale, p.window, p.q.shape[2]);
-  a.dtype = p.q.dtype;
-  a.key_heads = (int32_t)p.k_cache.shape[2];
-  a.group = (int32_t)(p.q.shape[1] / p.k_cache.shape[2]);
-  a.sequences = (int32_t)(p.cu_seqlens_q.shape[0] - 1);
-  a.query_tokens = (int32_t)p.q.shape[0];
-  a.longest_queries = (int32_t)longest_queries(p);
-  a.overlaps = context.overlaps_kernels;
-  a.q = packed_heads(p.q);
-  a.out = packed_heads(p.out);
-  a.lse = (float *)p.lse.data;
-  a.lse_head = p.q.shape[0];
-  a.cu_seqlens_q = (const int32_t *)p.cu_seqlens_q.data;
-  a.k_ring = batched_heads(p.k_cache);
-  a.v_ring = batched_heads(p.v_cache);
-  a.slots = (int32_t)p.k_cache.shape[0];
-  a.capacity = (int32_t)p.k_cache.shape[1];
-  a.longest_cache = p.max_cache_length >= 0 ? (int32_t)p.max_cache_length : INT32_MAX;
-  a.cache_lengths = (const int32_t *)p.cache_lengths.data;
-  a.cache_slots = (const int32_t *)p.cache_slots.data;
-  return a;
 }
 
 HeadArray contiguous_heads(void *data, int64_t heads, int64_t head_dim) { return {data, 0, heads * head_dim, head_dim}; }
 
 }  // namespace
 
-size_t rolling_attention_workspace_size(const mixtral_context &context, const mixtral_rolling_attention_params &p, const AttentionConfig &config) {
-  return layout(p).attention + attention_workspace_size(attention_of(context, p), config);
+size_t rolling_attention_workspace_size(const mixtral_rolling_attention_params &p, const Attention &a, const AttentionConfig &config) {
+  return layout(p, a).attention + attention_workspace_size(a, config);
 }
 
-mixtral_status rolling_attention(const mixtral_context &context, const mixtral_rolling_attention_params &p, const AttentionConfig &config,
-                                 void *workspace, void *stream) {
+mixtral_status rolling_attention(const mixtral_rolling_attention_params &p, Attention a, const AttentionConfig &config, void *workspace,
+                                 void *stream) {
   constexpr const char *kOp = "mixtral_rolling_attention";
-  Attention a = attention_of(context, p);
   if (a.sequences == 0 || a.query_tokens == 0) return MIXTRAL_OK;
-  const Layout at = layout(p);
+  const Layout at = layout(p, a);
   char *const base = (char *)workspace;
   const bool append = p.k.ndim, rotates = p.rope_theta > 0;
 
   Chunk chunk = {};
   chunk.q = a.q;
-  chunk.store = append && single(p);
+  chunk.store = append && single(a);
   if (append) chunk.k = packed_heads(p.k), chunk.v = packed_heads(p.v);
   if (append && !chunk.store) a.k = chunk.k, a.v = chunk.v;
   if (rotates) {
