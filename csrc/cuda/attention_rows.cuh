@@ -1,5 +1,7 @@
 // Which keys a block of rows sees: the range it goes through, the part of it that needs no mask, and the mask.
 #pragma once
+#include <cmath>
+
 #include "attention_sequence.cuh"
 
 namespace mixtral::cuda {
@@ -25,5 +27,16 @@ struct RowMask {
   __device__ RowMask(const Sequence &s, int window, int position) : first(first_key(s, window, position)), last(position) {}
   __device__ bool sees(int key) const { return key >= first && key <= last; }
 };
+
+// Row lane / 4 + 8 h of scores, 8 keys a fragment, of the keys from `key` on: -inf where it does not see them.
+template <int kEights>
+__device__ inline void mask_row(float (&score)[kEights][4], int h, const RowMask &mask, int key) {
+  const int first = key + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kEights; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (!mask.sees(first + j * 8 + e)) score[j][h * 2 + e] = -INFINITY;
+}
 
 }  // namespace mixtral::cuda

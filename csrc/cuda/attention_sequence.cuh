@@ -17,6 +17,13 @@ __device__ inline Segment find_sequence(const Attention &a, int64_t index, const
   return s;
 }
 
+// Which kernel has a sequence of n queries; tiles of kRows rows that it has there.
+__device__ inline bool is_split(const Attention &a, int n) { return n * a.group <= kSplitRows; }
+template <int kRows>
+__device__ inline int count_row_tiles(const Attention &a, int n) {
+  return (n * a.group + kRows - 1) / kRows;
+}
+
 struct Sequence {
   int position;    // of query 0, counted as the keys are; negative for a query before the first key
   int begin, end;  // its keys

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/ptx_sm80.cuh"
+#include "common/vector8.cuh"
 
 namespace mixtral::cuda {
 
@@ -35,6 +36,34 @@ __device__ inline float quad_max(float x) {
 __device__ inline float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Scores of 16 rows, 8 keys a fragment, of the next kEights * 8 keys: those of row lane / 4 (h 0) or lane / 4 + 8 (h 1) become weights, as
+// the operand of a product that takes 16 keys a time. -> what the row's sums so far count for.
+template <int kEights, class T>
+__device__ inline float to_weights(float (&score)[kEights][4], int h, float scale, RowSoftmax &softmax, uint32_t (&weights)[kEights / 2][4], T type) {
+  float highest = -INFINITY, factor;
+#pragma unroll
+  for (int j = 0; j < kEights; ++j) highest = fmaxf(highest, fmaxf(score[j][h * 2], score[j][h * 2 + 1]));
+  const float shift = softmax.next(quad_max(highest), scale, &factor);
+#pragma unroll
+  for (int j = 0; j < kEights; ++j) {
+    float pair[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) pair[e] = sm80::exp2_approx(fmaf(score[j][h * 2 + e], scale, -shift));
+    softmax.sum += pair[0] + pair[1];
+    weights[j / 2][j % 2 * 2 + h] = pack(pair[0], pair[1], type);
+  }
+  return factor;
+}
+
+// The same row's sums, 8 columns a fragment.
+template <int kEights>
+__device__ inline void scale_row(float (&sum)[kEights][4], int h, float factor) {
+#pragma unroll
+  for (int j = 0; j < kEights; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) sum[j][h * 2 + e] *= factor;
 }
 
 // What a sum of weighted values is multiplied by; 0 for a row that saw nothing.

@@ -18,6 +18,7 @@
 #include "common/launch.h"
 #include "common/overlap.cuh"
 #include "common/ptx_sm80.cuh"
+#include "common/swizzle.cuh"
 #include "common/vector8.cuh"
 
 namespace mixtral::cuda {
@@ -43,18 +44,18 @@ struct SplitUnit {
 // Not inlined: with its four callers the kernel would be 100 KB of code.
 __device__ __noinline__ SplitUnit unit_at(const Attention &a, int64_t index) {
   const auto shape = [&](int i, int first, int n) { return sequence_at(a, i, first, n, 1); };
-  const auto row_tiles = [&](int n) { return n * a.group <= kSplitRows ? (n * a.group + kRows - 1) / kRows : 0; };
+  const auto tiles_of = [&](int n) { return is_split(a, n) ? count_row_tiles<kRows>(a, n) : 0; };
   SplitUnit u = {};
   u.segment = find_sequence(a, index, [&](int i, int n) {
     const Sequence s = shape(i, 0, n);
-    return s.slot < 0 ? (int64_t)0 : (int64_t)row_tiles(n) * span_count(s.end - s.begin) * a.key_heads;
+    return s.slot < 0 ? (int64_t)0 : (int64_t)tiles_of(n) * span_count(s.end - s.begin) * a.key_heads;
   });
   if (u.segment.index < 0) {
     u.end = -1;
     return u;
   }
   u.sequence = shape(u.segment.index, u.segment.begin, u.segment.rows);
-  const int keys = u.sequence.end - u.sequence.begin, tiles = row_tiles(u.segment.rows), unit = (int)u.segment.unit;
+  const int keys = u.sequence.end - u.sequence.begin, tiles = tiles_of(u.segment.rows), unit = (int)u.segment.unit;
   u.head = unit % a.key_heads;
   u.row0 = unit / a.key_heads % tiles * kRows;
   u.rows = min(kRows, u.segment.rows * a.group - u.row0);
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
   Shared<kHeadDim> &shared = *reinterpret_cast<Shared<kHeadDim> *>(shared_bytes);
   constexpr int kUnits = kHeadDim / 8, kRowBytes = kHeadDim * 2, kPass = 32 / kUnits, kSixteens = kHeadDim / 16;
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const auto place = [](unsigned row, unsigned unit) { return row * kRowBytes + (unit ^ row % 8) * 16; };
+  const auto place = [](unsigned row, unsigned unit) { return swizzled<kRowBytes>(row, unit); };
 
   // Copies: lane l has unit l % kUnits of rows l / kUnits + kPass i of its warp's next step.
   const unsigned copy_row = lane / kUnits, copy_unit = lane % kUnits;
@@ -190,30 +191,14 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const RowMask mask(unit.sequence, a.window, position + (unit.row0 + (int)lane / 4 + h * 8) / a.group);
-#pragma unroll
-          for (int j = 0; j < 2; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              if (!mask.sees(key + j * 8 + lane % 4 * 2 + e)) score[j][h * 2 + e] = -INFINITY;
+          mask_row(score, h, mask, key);
         }
       }
-      uint32_t weights[4];
+      uint32_t weights[1][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float factor;
-        const float highest = fmaxf(fmaxf(score[0][h * 2], score[0][h * 2 + 1]), fmaxf(score[1][h * 2], score[1][h * 2 + 1]));
-        const float shift = softmax[h].next(quad_max(highest), a.scale, &factor);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) score[j][h * 2 + e] = exp2_approx(fmaf(score[j][h * 2 + e], a.scale, -shift));
-          softmax[h].sum += score[j][h * 2] + score[j][h * 2 + 1];
-          weights[j * 2 + h] = pack(score[j][h * 2], score[j][h * 2 + 1], T());
-        }
-#pragma unroll
-        for (int i = 0; i < 2 * kSixteens; ++i)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) sum[i][h * 2 + e] *= factor;
+        const float factor = to_weights(score, h, a.scale, softmax[h], weights, T());
+        scale_row(sum, h, factor);
       }
 
       cp_async_wait<2 * kSteps - 1>();
@@ -223,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
         uint32_t fv[4];
         ldmatrix_x4_trans(fv, (v_from + (step * 2 + 1) * kStep * kRowBytes) ^ (i * 32));
 #pragma unroll
-        for (int j = 0; j < 2; ++j) mma_m16n8k16(sum[2 * i + j], weights, fv[2 * j], fv[2 * j + 1], T());
+        for (int j = 0; j < 2; ++j) mma_m16n8k16(sum[2 * i + j], weights[0], fv[2 * j], fv[2 * j + 1], T());
       }
       __syncwarp();  // all lanes are past v
       load_v();
@@ -247,10 +232,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_split_kernel(const __gr
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float shift = softmax_shift(whole(lane / 4 + h * 8).highest, a.scale), factor = exp2_approx(fmaf(softmax[h].highest, a.scale, -shift));
-#pragma unroll
-      for (int i = 0; i < 2 * kSixteens; ++i)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) sum[i][h * 2 + e] *= factor;
+      scale_row(sum, h, factor);
     }
 #pragma unroll 1
     for (int w = 0; w < kWarps; ++w) {
@@ -298,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 8)
   for (int64_t index = blockIdx.x * kWarps + threadIdx.x / 32;; index += gridDim.x * kWarps) {
     const Segment segment = find_sequence(a, index, [&](int i, int n) {
       const Sequence s = sequence_at(a, i, 0, n, 1);
-      const bool several = s.slot >= 0 && n * a.group <= kSplitRows && span_count(s.end - s.begin) > 1;
+      const bool several = s.slot >= 0 && is_split(a, n) && span_count(s.end - s.begin) > 1;
       return several ? (int64_t)n * a.group * a.key_heads : (int64_t)0;
     });
     wait_for_kernels_before();

@@ -7,7 +7,7 @@
 //   shared     q 128 rows, k and v 64 rows each: D = 128 64 KB, two blocks an SM on 8.0 and 9.0, one on 8.6 and 8.9; D = 64 32 KB. Rows of
 //              D * 2 bytes, their 16-byte units swizzled by row % 8: no bank conflict in copies, ldmatrix or the result's way out
 //   copies     cp.async, 16 bytes a thread: v while the scores are made, the next k while v is multiplied
-//   registers  D = 128: 255, of them 128 sums of values, 64 scores, 16 + 8 fragments of q and k; D = 64: 230 to 238, 64 sums
+//   registers  D = 128: 254 to 255, of them 128 sums of values, 64 scores, 16 + 8 fragments of q and k; D = 64: 230 to 238, 64 sums
 //   barriers   two a tile of keys
 //   moved      (W + 32) * D * 4 bytes of k and v a block, from L2
 //   FLOPs      tiles of keys * 128 * 64 * D * 4, in warps that have rows; per row of a tile 64 powers of two
@@ -16,6 +16,7 @@
 #include "attention_softmax.cuh"
 #include "common/launch.h"
 #include "common/ptx_sm80.cuh"
+#include "common/swizzle.cuh"
 #include "common/vector8.cuh"
 
 namespace mixtral::cuda {
@@ -23,16 +24,15 @@ namespace {
 
 using namespace mixtral::sm80;
 
-template <int head_dim, int blocks>
+template <int head_dim>
 struct Tile {
-  static constexpr int kHeadDim = head_dim, kRows = kTileRows, kKeys = 64, kThreads = 128, kBlocks = blocks;
+  static constexpr int kHeadDim = head_dim, kRows = kTileRows, kKeys = 64, kThreads = 128, kBlocks = 2;
   static constexpr int kUnits = head_dim / 8, kRowBytes = head_dim * 2;
   static constexpr int kK = kRows * kRowBytes, kV = kK + kKeys * kRowBytes, kShared = kV + kKeys * kRowBytes;  // bytes: q, then k, then v
-  // 16-byte unit `unit` of row `row` of q, k or v.
-  __device__ static uint32_t place(unsigned row, unsigned unit) { return row * kRowBytes + (unit ^ row % 8) * 16; }
+  __device__ static uint32_t place(unsigned row, unsigned unit) { return swizzled<kRowBytes>(row, unit); }  // of q, k or v
 };
-using Tile128 = Tile<128, 2>;
-using Tile64 = Tile<64, 2>;
+using Tile128 = Tile<128>;
+using Tile64 = Tile<64>;
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
@@ -44,12 +44,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int per_section = row_tiles * heads_together, in_section = blockIdx.x % per_section;
   const int head = blockIdx.x / per_section * heads_together + in_section % heads_together;
   if (head >= a.key_heads) return;
-  const auto tiles_of = [&](int n) { return n * a.group <= kSplitRows ? 0 : (n * a.group + kRows - 1) / kRows; };
-  const Segment segment = find_sequence(a, in_section / heads_together, [&](int, int n) { return tiles_of(n); });
+  const Segment segment = find_sequence(a, in_section / heads_together, [&](int, int n) { return is_split(a, n) ? 0 : count_row_tiles<kRows>(a, n); });
   if (segment.index < 0) return;
   const Sequence sequence = sequence_at(a, segment.index, segment.begin, segment.rows, kKeys);
   if (sequence.slot < 0) return;
-  const int row0 = (tiles_of(segment.rows) - 1 - (int)segment.unit) * kRows, rows = min(kRows, segment.rows * a.group - row0);
+  const int row0 = (count_row_tiles<kRows>(a, segment.rows) - 1 - (int)segment.unit) * kRows, rows = min(kRows, segment.rows * a.group - row0);
   const KeyRange range(sequence, a.window, sequence.position + row0 / a.group, sequence.position + (row0 + rows - 1) / a.group);
 
   // Copies: thread t has unit t % kUnits of rows t / kUnits + kPass i.
@@ -130,32 +129,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
           const RowMask mask(sequence, a.window, sequence.position + (row0 + warp * 32 + h * 8 + lane / 4) / a.group);
-#pragma unroll
-          for (int j = 0; j < 2 * kSixteens; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              if (!mask.sees(tile * kKeys + j * 8 + lane % 4 * 2 + e)) score[h / 2][j][h % 2 * 2 + e] = -INFINITY;
+          mask_row(score[h / 2], h % 2, mask, tile * kKeys);
         }
       }
 
 #pragma unroll
       for (int h = 0; h < 4; ++h) {
-        float highest = -INFINITY, factor;
-#pragma unroll
-        for (int j = 0; j < 2 * kSixteens; ++j) highest = fmaxf(highest, fmaxf(score[h / 2][j][h % 2 * 2], score[h / 2][j][h % 2 * 2 + 1]));
-        const float shift = softmax[h].next(quad_max(highest), a.scale, &factor);
-#pragma unroll
-        for (int j = 0; j < 2 * kSixteens; ++j) {
-          float(&x)[4] = score[h / 2][j];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) x[h % 2 * 2 + e] = exp2_approx(fmaf(x[h % 2 * 2 + e], a.scale, -shift));
-          softmax[h].sum += x[h % 2 * 2] + x[h % 2 * 2 + 1];
-          weights[h / 2][j / 2][j % 2 * 2 + h % 2] = pack(x[h % 2 * 2], x[h % 2 * 2 + 1], T());
-        }
-#pragma unroll
-        for (int j = 0; j < 2 * kSteps; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) sum[h / 2][j][h % 2 * 2 + e] *= factor;
+        const float factor = to_weights(score[h / 2], h % 2, a.scale, softmax[h], weights[h / 2], T());
+        scale_row(sum[h / 2], h % 2, factor);
       }
     }
 

@@ -3,12 +3,13 @@
 #include <cstdint>
 
 #include "common/segments.cuh"
+#include "common/swizzle.cuh"
 
 namespace mixtral::cuda {
 
 // A stage has 64 of k of some rows, 128 bytes each. Unit `unit` (16 bytes) of row `row`:
 constexpr int kDepth = 64, kRowBytes = kDepth * 2;
-__device__ inline uint32_t place(int row, int unit) { return (uint32_t)(row * kRowBytes + (unit ^ row % 8) * 16); }
+__device__ inline uint32_t place(int row, int unit) { return swizzled<kRowBytes>(row, unit); }
 
 // The expert of unit `index`; an expert has units(rows) of them.
 template <class Gemm, class Units>

@@ -10,8 +10,8 @@
 //   stages        10        9        7        5    of 8 KB of weights + 128 bytes a row of A, by cp.async. Rows are 128 bytes, their eight
 //                                                  16-byte units swizzled by row % 8: no bank conflict in copies or ldmatrix
 //   shared       91 KB    92 KB    88 KB    88 KB  with the result's 128 bytes a row of A
-//   registers    80 to   92 to    102 to   124     with 4, 8, 16, 32 accumulators
-//                82      96       104
+//   registers    80 to   94 to    102 to   124 to  with 4, 8, 16, 32 accumulators
+//                82      96       108      125
 //   in flight    72 KB    64 KB    48 KB    32 KB  of weights a block; 3.35 TB/s * 0.7 us / 132 SMs = 18 KB an SM are needed
 //   barriers   one a step, one a unit
 //   moved      touched experts * n * k * 2 bytes once for every kRows rows of an expert; A from L2

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   // The result goes through shared memory, [kRows, kOutColumns] with 16-byte units swizzled by row % 8, to be stored 16 bytes at a time.
   cp_async_wait<0>();
   __syncthreads();
-  const auto out_place = [](int row, int unit) { return row * kOutColumns * 2 + (unit ^ row % 8) * 16; };
+  const auto out_place = [](int row, int unit) { return swizzled<kOutColumns * 2>(row, unit); };
   constexpr int kEights = kSwiglu ? kFragmentsW : 2 * kFragmentsW;  // of a warp's columns
 #pragma unroll
   for (int i = 0; i < kFragmentsA; ++i)

@@ -11,10 +11,10 @@ import vgpu
 from attention_checks import assert_accurate, numpy, same_bits, widened
 from mixtral_bench.cases import CASES, RollingAttentionCase, SlidingWindowAttentionCase
 from mixtral_ext import reference
+from test_grouped_kernels import SM_COUNT, ceil_div, text_of
+from test_ops import DTYPES, UNTOUCHED
 
 SLIDING, ROLLING = "sliding_window_attention", "rolling_attention"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-UNTOUCHED = 77.0
 ARCHS = pytest.mark.parametrize("arch", (80, 90))
 
 
@@ -249,11 +249,7 @@ def test_steps_do_not_depend_on_neighbours(heads, arch, rope_theta):
 # ---------------------------------------------------------------------------------------------------------------- costs
 
 SPLIT, COMBINE, TILES, CHUNK = "attention_split_kernel", "attention_combine_kernel", "attention_tiles_kernel", "rotate_store_kernel"
-LEAST_SPAN, MOST_SPANS, SM_COUNT = 256, 64, 4
-
-
-def ceil_div(a, b):
-    return -(-a // b)
+LEAST_SPAN, MOST_SPANS = 256, 64
 
 
 def kernels(gpu):
@@ -297,15 +293,9 @@ def test_spans(keys, spans):
     assert gpu.counters[0]["global_store_bytes"] == (64 * 2 + 4 if spans == 1 else spans * (64 * 4 + 8))
 
 
-def line_of(where):
-    """The innermost line of source that "file.cu:1 < file.cu:2" names."""
-    name, line = re.match(r"([\w.]+):(\d+)", where).groups()
-    return next(path for path in vgpu.CSRC.glob("cuda/**/*") if path.name == name).read_text().splitlines()[int(line) - 1]
-
-
 def masked_scores(c):
     """Warp instructions that put -inf in the place of a score."""
-    return sum(n for where, n in c["selections_by_line"].items() if "mask.sees(" in line_of(where))
+    return sum(n for where, n in c["selections_by_line"].items() if "mask.sees(" in text_of(where)[0])
 
 
 @ARCHS
