@@ -49,9 +49,13 @@ struct Attention {
 // bits of its result.
 constexpr int kSplitRows = 64;
 
-// Keys of a span, of a sequence that sees so many: at least 256, so that what a span leaves behind is 3 % of what it reads (group 4), and
-// at most 64 spans, two for a lane of the warp that combines them.
-constexpr int kLeastSpan = 256, kMostSpans = 64;
+// Keys of a span, of a sequence that sees so many: at least 512, at most 64 spans, two for a lane of the warp that combines them. us of a
+// decoding step with 4096 keys on an H200 (Mistral's heads; results/2026-11-26-h200-attention-spans.md), a unit's search and end cost:
+//   keys       B = 1     4    16    32    64   128
+//    256        21.9  36.0   104   190   412  1011
+//    512        23.9  34.2    88   151   294   668
+//   1024        31.4  33.8    86   148   283   548
+constexpr int kLeastSpan = 512, kMostSpans = 64;
 MIXTRAL_HOST_DEVICE inline int span_keys(int keys) { return kLeastSpan * (1 + (keys - 1) / (kLeastSpan * kMostSpans)); }
 // Their number, 1 without keys.
 MIXTRAL_HOST_DEVICE inline int span_count(int keys) { return keys > 0 ? 1 + (keys - 1) / span_keys(keys) : 1; }

@@ -316,7 +316,7 @@ MIXTRAL_API mixtral_status mixtral_moe_experts(const mixtral_context *context, c
  * max_seqlen_k are not there, queries beyond max_seqlen_q are left alone; of cu_seqlens_k each pair is clamped by itself, and a bad
  * one may spoil the results of other sequences. 1 or 2 launches where all sequences have as many queries, up to 3 else. The
  * workspace is at most (D+2)*4 bytes a span, query token and head of sequences with up to 64 rows, where declared maxima admit
- * more than 256 keys: the keys that a sequence sees are divided into spans of 256, or into 64 if they are more than 16384. */
+ * more than 512 keys: the keys that a sequence sees are divided into spans of 512, or into 64 if they are more than 32768. */
 typedef struct mixtral_sliding_window_attention_params {
   size_t struct_size;          /* sizeof(mixtral_sliding_window_attention_params) */
   mixtral_tensor q;            /* f32, bf16 or f16, 3-D packed or 4-D batched */

@@ -249,7 +249,7 @@ def test_steps_do_not_depend_on_neighbours(heads, arch, rope_theta):
 # ---------------------------------------------------------------------------------------------------------------- costs
 
 SPLIT, COMBINE, TILES, CHUNK = "attention_split_kernel", "attention_combine_kernel", "attention_tiles_kernel", "rotate_store_kernel"
-LEAST_SPAN, MOST_SPANS = 256, 64
+LEAST_SPAN, MOST_SPANS = 512, 64
 
 
 def kernels(gpu):
@@ -257,21 +257,21 @@ def kernels(gpu):
 
 
 @pytest.mark.parametrize("case, launches", [
-    (one(16, 16, heads=4), [SPLIT]), (one(17, 17, heads=4), [TILES]), (one(16, 257, heads=4), [SPLIT, COMBINE]),
-    (one(1, 9000, heads=4, window=256), [SPLIT]),
-    (one(1, 9000, heads=4, window=257), [SPLIT, COMBINE]), (one(65, 9, heads=1), [TILES]), (one(0, 9), []),
-    (SlidingWindowAttentionCase("ragged", sequences=((70, 70), (1, 300))), [SPLIT, COMBINE, TILES]),
+    (one(16, 16, heads=4), [SPLIT]), (one(17, 17, heads=4), [TILES]), (one(16, 513, heads=4), [SPLIT, COMBINE]),
+    (one(1, 9000, heads=4, window=512), [SPLIT]),
+    (one(1, 9000, heads=4, window=513), [SPLIT, COMBINE]), (one(65, 9, heads=1), [TILES]), (one(0, 9), []),
+    (SlidingWindowAttentionCase("ragged", sequences=((70, 70), (1, 600))), [SPLIT, COMBINE, TILES]),
     (SlidingWindowAttentionCase("ragged_short", sequences=((70, 70), (1, 3))), [SPLIT, TILES]),
     (SlidingWindowAttentionCase("batched", sequences=((70, 70),) * 2, layout="batched"), [TILES]),
-    (SlidingWindowAttentionCase("batched_split", sequences=((2, 300),) * 2, layout="batched"), [SPLIT, COMBINE]),
-    (RollingAttentionCase("decode", chunks=(1, 1), lengths=(700, 3), capacity=512, window=512), [CHUNK, SPLIT, COMBINE]),
-    (RollingAttentionCase("decode_rope", chunks=(1, 1), lengths=(700, 3), capacity=512, window=512, rope_theta=1e4), [CHUNK, SPLIT, COMBINE]),
-    (RollingAttentionCase("decode_one_span", chunks=(1, 1), lengths=(700, 3), capacity=256, window=256), [CHUNK, SPLIT]),
-    (RollingAttentionCase("decode_71_heads", chunks=(1, 1), lengths=(700, 3), capacity=512, window=512, heads=71), [CHUNK, TILES]),
-    (RollingAttentionCase("decode_read_only", chunks=(1,), lengths=(700,), capacity=512, window=512, read_only=True), [SPLIT, COMBINE]),
-    (RollingAttentionCase("few_tokens", chunks=(2, 1), lengths=(700, 3), capacity=512, window=512, rope_theta=1e4), [CHUNK, SPLIT, COMBINE, CHUNK]),
+    (SlidingWindowAttentionCase("batched_split", sequences=((2, 600),) * 2, layout="batched"), [SPLIT, COMBINE]),
+    (RollingAttentionCase("decode", chunks=(1, 1), lengths=(1100, 3), capacity=1024, window=1024), [CHUNK, SPLIT, COMBINE]),
+    (RollingAttentionCase("decode_rope", chunks=(1, 1), lengths=(1100, 3), capacity=1024, window=1024, rope_theta=1e4), [CHUNK, SPLIT, COMBINE]),
+    (RollingAttentionCase("decode_one_span", chunks=(1, 1), lengths=(1100, 3), capacity=256, window=256), [CHUNK, SPLIT]),
+    (RollingAttentionCase("decode_71_heads", chunks=(1, 1), lengths=(1100, 3), capacity=1024, window=1024, heads=71), [CHUNK, TILES]),
+    (RollingAttentionCase("decode_read_only", chunks=(1,), lengths=(1100,), capacity=1024, window=1024, read_only=True), [SPLIT, COMBINE]),
+    (RollingAttentionCase("few_tokens", chunks=(2, 1), lengths=(1100, 3), capacity=1024, window=1024, rope_theta=1e4), [CHUNK, SPLIT, COMBINE, CHUNK]),
     (RollingAttentionCase("prompt", chunks=(70,), lengths=(0,), capacity=256, window=100), [SPLIT, TILES, CHUNK]),
-    (RollingAttentionCase("prompt_rope", chunks=(70, 1), lengths=(0, 900), capacity=512, window=512, rope_theta=1e4),
+    (RollingAttentionCase("prompt_rope", chunks=(70, 1), lengths=(0, 1100), capacity=1024, window=1024, rope_theta=1e4),
      [CHUNK, SPLIT, COMBINE, TILES, CHUNK])], ids=str)
 def test_launches(case, launches):
     """A decoding step is three at most; which, depends on shapes and declared maxima alone."""
@@ -284,9 +284,9 @@ def spans_of(keys):
     return ceil_div(keys, LEAST_SPAN * ceil_div(max(keys, 1), LEAST_SPAN * MOST_SPANS)) if keys else 1
 
 
-@pytest.mark.parametrize("keys, spans", ((256, 1), (257, 2), (4096, 16), (16384, 64), (16385, 33), (32769, 43)))
+@pytest.mark.parametrize("keys, spans", ((512, 1), (513, 2), (4096, 8), (32768, 64), (32769, 33), (65537, 43)))
 def test_spans(keys, spans):
-    """Of a length alone: at least 256 keys, at most 64. Each leaves the sums of a row, a shift and a sum of weights."""
+    """Of a length alone: at least 512 keys, at most 64. Each leaves the sums of a row, a shift and a sum of weights."""
     gpu = vgpu.Gpu()
     run(gpu, SLIDING, one(1, keys, heads=1).inputs(torch.bfloat16))
     assert spans_of(keys) == spans
