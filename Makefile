@@ -1,17 +1,15 @@
 # make demo   build and run the main job: a small Mixtral on our kernels beside transformers
 # make test   build and run all tests
 # make bench  build and print the speed table of this machine
-# make gpu-check   tests, sanitizers and benchmarks that need an NVIDIA GPU, with the current python (no environment is made, nothing is
-#                  installed); PARTS="tests graph sanitizer bench attention silicon", OUT=folder; for less of bench (the expert layer)
-#                  TOKENS="1 16 4096", ROUTINGS="natural", of attention LENGTHS="4096 16384", BATCHES="1 16"; LIMIT=seconds for everything
+# make gpu-check   tests, sanitizers, benchmarks and models that need an NVIDIA GPU, with the current python (no environment is made, nothing is
+#                  installed); PARTS="tests graph sanitizer moe attention model silicon", each at most 9 minutes; OUT=folder for logs and results;
+#                  CASES='T=(1|4096)$$' for fewer rows of moe and attention; MODELS="mistral-7b"; LIMIT=seconds for everything
 PYTHON ?= python3
 BIN := .venv/bin
 PARTS =
 OUT = build/gpu-check
-TOKENS =
-ROUTINGS =
-LENGTHS =
-BATCHES =
+CASES =
+MODELS =
 LIMIT =
 
 .PHONY: demo test bench build gpu-check clean
@@ -23,7 +21,7 @@ test: build
 	$(BIN)/python -m pytest
 
 bench: build
-	$(BIN)/python -m mixtral_bench
+	$(BIN)/python -m mixtral_bench run
 
 # Incremental: CMake rebuilds what changed in build/ and installs it into mixtral_ext/lib.
 build: .venv/requirements.installed
@@ -36,8 +34,7 @@ build: .venv/requirements.installed
 
 gpu-check:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python:$$PYTHONPATH $(PYTHON) -m mixtral_bench.gpu_check --out $(OUT) \
-	  $(if $(PARTS),--parts $(PARTS)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(ROUTINGS),--routings $(ROUTINGS)) \
-	  $(if $(LENGTHS),--lengths $(LENGTHS)) $(if $(BATCHES),--batches $(BATCHES)) $(if $(LIMIT),--seconds $(LIMIT))
+	  $(if $(PARTS),--parts $(PARTS)) $(if $(CASES),--cases '$(CASES)') $(if $(MODELS),--models $(MODELS)) $(if $(LIMIT),--seconds $(LIMIT))
 
 clean:
 	rm -rf .venv build mixtral_ext/lib mixtral_ext/include

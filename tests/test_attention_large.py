@@ -5,7 +5,7 @@ import torch
 
 import mixtral_ext
 from mixtral_bench.cases import RollingAttentionCase
-from mixtral_bench.gpu_attention import attend_rows, row_errors, sampled_rows
+from mixtral_bench.attention_ops import attend_rows, row_errors, sampled_rows
 from mixtral_ext import reference
 from op_calls import call, check_results, poisoned, skip_unless_on
 

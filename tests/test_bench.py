@@ -1,239 +1,471 @@
-"""The benchmark's own logic on tiny shapes: what it counts, checks, leaves out and prints. No timing."""
-
+"""The benchmark's own logic on tiny shapes of the CPU: which cases it takes, what it counts, checks, leaves out and saves. No timing."""
+import contextlib
 import dataclasses
 import json
+import math
+import re
 import sys
+import warnings
 
 import pytest
 import torch
 
+import mixtral_ext
 from mixtral_bench import __main__ as bench
-from mixtral_bench import machine, measure, report, rows
+from mixtral_bench import attention_ops, files, machine, moe_ops, rows, timing
+from mixtral_bench.cases import CASES, SHAPES
+from mixtral_bench.peer import Peer, Unsupported
 
-NAMES = {"eager", "batched_mm", "grouped_mm", measure.OURS}
-
-
-def tiny(op, name, **changes):
-    return dataclasses.replace(next(c for c in rows.CASES[op] if c.name == name), **changes)
-
-
-def tiny_rows(quick=False):
-    experts = tiny("moe_experts", "mixtral_t512", tokens=5, hidden=64, intermediate=48, experts=4)
-    attention = tiny("sliding_window_attention", "mistral_16k", sequences=((37, 37),), window=9, heads=4, key_heads=2)
-    decode = tiny("rolling_attention", "mistral_decode_b1", capacity=16, window=16, heads=4, key_heads=2)
-    yield from rows.expert_rows(experts, {1: 3.0, 5: 1.0, 8: 3.0})
-    yield rows.attention_row(attention, 4.0)
-    yield rows.decode_row(dataclasses.replace(decode, chunks=(1, 1), lengths=decode.lengths * 2), 2.0)
-
-
-@pytest.fixture(autouse=True)
-def few_copies(monkeypatch):
-    monkeypatch.setattr(rows, "ROTATED", 2**16)
+CPU = torch.device("cpu")
+ONE_RUN = timing.Effort(0.0, 1, 1)
+LIMITS = {"copy_tb_s": 0.01, "read_tb_s": 0.02, "bf16_tflop_s": 2.0}
+TINY = {
+    "moe_gate": dict(tokens=5), "moe_sort": dict(tokens=5), "moe_permute": dict(tokens=5, hidden=32), "moe_combine": dict(tokens=5, hidden=32),
+    "grouped_gemm": dict(segments=(2, 0, 3, 1), inner=32, outer=24), "grouped_gemm_swiglu": dict(segments=(2, 0, 3, 1), inner=32, outer=24),
+    "moe_experts": dict(tokens=5, hidden=64, intermediate=48, experts=8),
+    "sliding_window_attention": dict(sequences=((150, 150),), window=9, heads=4, key_heads=2, head_dim=64),
+    "rolling_attention": dict(chunks=(1, 1, 1), lengths=(37,) * 3, capacity=16, window=16, heads=4, key_heads=2, head_dim=64),
+    "apply_rope": dict(tokens=5, heads=4, key_heads=2, head_dim=64),
+}
 
 
-def test_every_candidate_computes_the_same():
-    made = list(tiny_rows())
-    assert [row.name for row in made] == [
-        "moe_experts, T=1",
-        "moe_experts, T=5",
-        "sliding_window_attention, T=37, W=9",
-        "rolling_attention decode, B=2, 16 keys",
-    ]
-    assert set(made[0].candidates) == NAMES and set(made[2].candidates) == {measure.OURS, "masked SDPA"}
-    for row in made:
-        for call in row.candidates.values():
-            for number in (0, 1, 7):
-                part, expected = row.expected(call(number))
-                assert part.shape == expected.shape and expected.dtype == torch.float32
-                assert 0 < measure.relative_error(part, expected) < measure.TOLERANCE
+def tiny(op, **changes):
+    return dataclasses.replace(next(c for c in CASES[op] if c.large), **TINY[op] | changes)
 
 
-def test_a_wrong_result_is_not_timed():
-    for row in tiny_rows():
-        good = row.candidates[measure.OURS]
-        for name, bad in (("scaled", lambda i: good(i) * 1.05), ("NaN", lambda i: good(i) * torch.nan)):
-            row.candidates = {measure.OURS: good, name: bad}
-            with pytest.raises(RuntimeError, match=f"{name} is wrong"):
-                measure.Meter(min_runs=1, max_runs=1).measure(row)
+def meter(**options):
+    return timing.Meter(False, ONE_RUN, **options)
+
+
+def row(case, peers=(), **options):
+    return rows.make_row(case, "bf16", CPU, meter(), LIMITS, peers, rotated=2**12, **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- cases
+
+
+def test_every_op_has_cases_of_a_model():
+    for op, cases in CASES.items():
+        large = [case for case in cases if case.large]
+        assert large and len({case.name for case in cases}) == len(cases)
+        assert all(set(case.shapes) <= set(SHAPES) and case.name.startswith(tuple(SHAPES)) for case in large), op
+
+
+def test_chosen():
+    names = [(case.op, case.name) for case in rows.chosen(["moe_experts"], ["mixtral-8x7b"], re.compile("T=(1|64)$"))]
+    assert names == [("moe_experts", "mixtral-8x7b T=1"), ("moe_experts", "mixtral-8x7b T=64")]
+    assert {case.op for case in rows.chosen()} == set(CASES)
+    assert {case.op for case in rows.chosen(shapes=["mistral-7b"])} == {"sliding_window_attention", "rolling_attention", "apply_rope"}
+
+
+def test_cases_have_the_models_sizes():
+    by_name = {(case.op, case.name): case for case in rows.chosen()}
+    layer = by_name["moe_experts", "mixtral-8x22b T=64"]
+    assert (layer.hidden, layer.intermediate, layer.experts, layer.top_k) == (6144, 16384, 8, 2)
+    step = by_name["rolling_attention", "mistral-7b B=16"]
+    assert (step.capacity, step.window, len(step.chunks), step.rope_theta) == (4096, 4096, 16, 1e4) and step.lengths[0] % 4096 > 0
+    step = by_name["rolling_attention", "mixtral-8x7b B=16"]
+    assert (step.capacity, step.window) == (32768, None) and step.lengths[0] + 1 <= 32768
+    for name in ("mistral-7b packed mixed", "mixtral-8x7b packed one long"):
+        assert sum(n for n, _ in by_name["sliding_window_attention", name].sequences) == 16384
+
+
+@pytest.mark.parametrize("routing, counts", [("balanced", [5] * 8), ("two", [0, 20, 0, 0, 0, 0, 20, 0])])
+def test_routings(routing, counts):
+    ids = tiny("moe_experts", tokens=20, routing=routing).inputs(torch.bfloat16)["topk_ids"]
+    assert ids.flatten().bincount(minlength=8).tolist() == counts and all(len(set(token)) == 2 for token in ids.tolist())
+
+
+def test_quick_cases_are_small():
+    small = [case for case in map(rows.quick, rows.chosen()) if case]
+    assert {case.op for case in small} == set(CASES)
+    for case in small:
+        inputs = case.inputs(torch.bfloat16)
+        assert sum(t.numel() for t in inputs.values() if isinstance(t, torch.Tensor)) < 2**27, case
+
+
+# ------------------------------------------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("queries, keys", ((0, 0), (1, 1), (5, 5), (3, 9), (1, 40), (37, 37)))
+@pytest.mark.parametrize("window", (1, 2, 36, 37, 38, None))
+def test_visited_pairs(queries, keys, window):
+    seen = [(q, k) for q in range(keys - queries, keys) for k in range(keys) if k <= q and (window is None or q - k < window)]
+    assert attention_ops.visited_pairs(queries, keys, window) == len(seen)
 
 
 def test_counts():
-    made = list(tiny_rows())
-    one_expert = 3 * 64 * 48
-    assert [row.flops for row in made[:2]] == [tokens * 2 * 2 * one_expert for tokens in (1, 5)]
-    assert made[0].bytes == 2 * 2 * one_expert  # one token: two experts in bf16
-    assert made[1].bytes in (2 * 3 * one_expert, 2 * 4 * one_expert)
-    pairs = sum(1 for q in range(37) for k in range(37) if q - 9 < k <= q)
-    assert made[2].flops == pairs * 4 * 4 * 128
-    assert made[3].bytes == 2 * (2 * 16 * 2 * 128) * 2  # K and V, 2 bytes, 2 sequences
-    assert made[3].flops == 2 * 16 * 4 * 4 * 128
+    expert = 3 * 64 * 48
+    got = {op: row(tiny(op)) for op in CASES}
+    experts = got["moe_experts"]
+    ids = tiny("moe_experts").inputs(torch.bfloat16)["topk_ids"]
+    assert experts["flops"] == 5 * 2 * 2 * expert
+    assert experts["bytes"] == 2 * (len(ids.unique()) * expert + 2 * 5 * 64)
+    assert got["moe_gate"]["bytes"] == 2 * 5 * 8 + 4 * (2 * 10 + 9 + 2 * 10) and got["moe_gate"]["flops"] == 0
+    assert got["moe_sort"]["bytes"] == 4 * 10 + 4 * (9 + 2 * 10)
+    assert got["moe_permute"]["bytes"] == got["moe_combine"]["bytes"] == 2 * 32 * (5 + 10)
+    assert got["grouped_gemm"]["flops"] == 2 * 6 * 32 * 24 and got["grouped_gemm"]["bytes"] == 2 * (3 * 32 * 24 + 6 * 32 + 6 * 24)
+    assert got["grouped_gemm_swiglu"]["flops"] == 4 * 6 * 32 * 24
+    assert got["grouped_gemm_swiglu"]["bytes"] == 2 * (3 * 2 * 32 * 24 + 3 * 32 + 6 * 24)  # three tokens, gathered for six rows
+    pairs = sum(min(9, p + 1) for p in range(150))
+    assert got["sliding_window_attention"]["flops"] == 4 * 64 * 4 * pairs
+    assert got["sliding_window_attention"]["bytes"] == 2 * 150 * 64 * (4 + 2 + 2 + 4)
+    assert got["rolling_attention"]["flops"] == 3 * 16 * 4 * 4 * 64
+    assert got["rolling_attention"]["bytes"] == 2 * 3 * 64 * (2 * 16 * 2 + 2 * 4)
+    assert got["apply_rope"]["bytes"] == 2 * 2 * 5 * 64 * 6
+    for op, found in got.items():
+        ours = found["candidates"][files.OURS]
+        assert 0 <= ours["error"] <= rows.OPS[op].tolerance and ours["us"] > 0, op
+        limit = max(found["bytes"] / 0.02e12, found["flops"] / 2e12) * 1e6
+        assert found["limit_us"] == pytest.approx(limit) and ours["share"] == pytest.approx(limit / ours["us"])
+        assert ours["tb_s"] == pytest.approx(found["bytes"] / ours["us"] / 1e6) and ours["tflop_s"] == pytest.approx(found["flops"] / ours["us"] / 1e6)
 
 
-def test_what_does_not_fit_in_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr(machine, "_memory", lambda: 2 * 3 * 64 * 48 * 2 * 4)  # half of it holds the copies for one token
-    first, second, *_ = tiny_rows()
-    assert set(first.candidates) == NAMES
-    assert set(second.candidates) == NAMES - {"batched_mm"} and "copies" in second.skipped["batched_mm"]
+@pytest.mark.parametrize("chunk, length", [(1, 5), (7, 0), (7, 9), (7, 40), (33, 40)])
+@pytest.mark.parametrize("window", (16, 9, None))
+def test_a_chunk_over_the_cache_is_right_and_counted(chunk, length, window):
+    case = tiny("rolling_attention", chunks=(chunk,), lengths=(length,), window=window, capacity=16 if window else 80)
+    found = row(case)
+    assert "us" in found["candidates"][files.OURS], found
+    seen = [(q, k) for q in range(length, length + chunk) for k in range(q + 1) if window is None or q - k < window]
+    assert found["flops"] == 4 * 64 * 4 * len(seen)
+    assert found["bytes"] == 2 * (2 * len({k for _, k in seen}) * 2 * 64 + 2 * chunk * 4 * 64)
+
+
+def test_rated():
+    made = {"dtype": "bf16", "bytes": 3e6, "flops": 5e9, "candidates": {
+        files.OURS: {"us": 5000.0}, files.SORTING: {"us": 6000.0}, "peer": {"us": 9000.0}, "more": {"us": 1e4, "flops": 1e10}, "gone": {"absent": "no"}}}
+    got = timing.rated(made, {"copy_tb_s": 1e-3, "read_tb_s": 2e-3, "bf16_tflop_s": 2.0, "f32_tflop_s": 1.0})
+    assert got["bound"] == "compute" and got["limit_us"] == pytest.approx(2500)
+    shares = {name: c.get("share") for name, c in got["candidates"].items()}
+    assert shares == {files.OURS: pytest.approx(0.5), files.SORTING: pytest.approx(2500 / 6000), "peer": pytest.approx(2500 / 9000), "more": None, "gone": None}
+    assert got["candidates"]["peer"]["times"] == pytest.approx(1.5)  # of the one that sorts, as peers do
+    assert got["candidates"]["more"]["tflop_s"] == pytest.approx(1.0) and got["candidates"]["gone"] == {"absent": "no"}
+    slow = timing.rated(made, {"read_tb_s": 1e-4, "bf16_tflop_s": 2.0})
+    assert slow["bound"] == "memory" and slow["limit_us"] == pytest.approx(30000)
+    assert "share" not in timing.rated(made, {})["candidates"][files.OURS]
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def scaled(result):
+    return tuple(t * 1.05 if t.is_floating_point() else t for t in result) if isinstance(result, tuple) else result * 1.05
+
+
+@pytest.mark.parametrize("op", [op for op in CASES if op not in ("moe_sort", "apply_rope", "rolling_attention")])
+@pytest.mark.parametrize("bad", (scaled, "unwritten", "raises"), ids=("scaled", "unwritten", "raises"))
+def test_a_wrong_result_is_recorded_and_not_timed(monkeypatch, op, bad):
+    good, kept = getattr(mixtral_ext, op), []
+
+    def function(**arguments):
+        if bad == "raises":
+            raise RuntimeError("no kernel\nmore")
+        if bad == "unwritten":  # whatever was there before stays there: right at first
+            kept.append(kept[0] if kept else good(**arguments))
+            return kept[0]
+        return bad(good(**arguments))
+
+    case = tiny(op)
+    monkeypatch.setattr(mixtral_ext, op, function)
+    found = row(case)["candidates"][files.OURS]
+    assert "us" not in found and ("RuntimeError: no kernel" == found["failed"] if bad == "raises" else "wrong result: relative error" in found["failed"])
+
+
+@pytest.mark.parametrize("bad", ("scaled", "not stored", "one key less"))
+def test_a_wrong_step_over_the_cache(monkeypatch, bad):
+    good = mixtral_ext.rolling_attention
+
+    def function(k_cache, v_cache, **rest):
+        if bad == "not stored":
+            k_cache, v_cache = k_cache.clone(), v_cache.clone()
+        if bad == "one key less":
+            rest["window"] -= 1
+        out, lse = good(k_cache=k_cache, v_cache=v_cache, **rest)
+        return (out * 1.05 if bad == "scaled" else out), lse
+
+    monkeypatch.setattr(mixtral_ext, "rolling_attention", function)
+    assert "wrong result" in row(tiny("rolling_attention"))["candidates"][files.OURS]["failed"]
+
+
+@pytest.mark.parametrize("change", (-1, 1))
+def test_one_key_more_or_less_at_a_window_of_4096_is_wrong(change):
+    case = tiny("sliding_window_attention", sequences=((5000, 5000),), window=4096, heads=2, key_heads=1)
+    inputs = case.inputs(torch.bfloat16)
+    error = rows.OPS["sliding_window_attention"].expected(case, inputs)
+    attend = mixtral_ext.sliding_window_attention
+    assert error(attend(**inputs)[0]) < attention_ops.TOLERANCE / 2 < attention_ops.TOLERANCE < error(attend(**inputs | {"window": 4096 + change})[0])
+
+
+def test_rows_that_are_checked_cover_edges():
+    checked, starts = attention_ops.sampled_rows((300, 1, 200), 64, CPU)
+    assert {0, 63, 64, 65, 299, 300, 301, 500} <= set(checked.tolist())
+    assert all(start == max(s for s in (0, 300, 301) if s <= r) for r, start in zip(checked.tolist(), starts.tolist()))
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
 
 
 def scripted(monkeypatch, seconds):
-    """Makes every run of a candidate take what `seconds` says for its name and the number of the run."""
-    calls = []
+    """Every call of a candidate takes what `seconds` says for its name; -> the names, call by call."""
+    calls, clock = [], [0.0]
 
-    def timed(call, number):
-        name = call(number)
-        calls.append((name, number))
-        return seconds[name](number), torch.ones(1)
+    def make(name):
+        def call():
+            calls.append(name)
+            clock[0] += seconds[name]
+            return torch.ones(1)
 
-    monkeypatch.setattr(measure, "_timed", timed)
-    return calls
+        return lambda: timing.Candidate([call], lambda result: 0.0, 0.1)
 
-
-def scripted_row(slowdown, names=(measure.OURS, "peer"), skipped=()):
-    ones = torch.ones(1)
-    return measure.Row(
-        group="op",
-        name=f"op {slowdown}",
-        flops=1.0,
-        bytes=1.0,
-        slowdown=slowdown,
-        target=1.0,
-        expected=lambda out: (out, ones),
-        candidates={name: lambda number, name=name: name for name in names},
-        skipped=dict(skipped),
-    )
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    return calls, {name: make(name) for name in seconds}
 
 
-def test_runs_alternate_and_the_first_is_only_a_check(monkeypatch):
-    calls = scripted(monkeypatch, {measure.OURS: [4.0, 3.0, 1.0, 2.0].__getitem__, "peer": lambda i: 0.5})
-    results = measure.Meter(budget=2.0, min_runs=3, max_runs=30).measure(scripted_row(1.0))["candidates"]
-    assert calls[:6] == [(measure.OURS, 0), ("peer", 0), (measure.OURS, 1), ("peer", 1), (measure.OURS, 2), ("peer", 2)]
-    assert results[measure.OURS]["runs"] == [3.0, 1.0, 2.0] and results[measure.OURS]["median"] == 2.0
-    assert results["peer"]["runs"] == [0.5] * 4  # until the budget is used
-    assert results["peer"]["error"] == 0
+def test_runs_alternate_and_the_budget_ends_them(monkeypatch):
+    calls, candidates = scripted(monkeypatch, {"a": 0.6, "b": 0.1})
+    got = timing.Meter(False, timing.Effort(1.05, 3, 30)).measure("op", 1.0, candidates)
+    assert (got["a"]["runs"], got["b"]["runs"]) == (3, 11) and got["a"]["us"] == pytest.approx(6e5) and got["b"]["us_range"] == pytest.approx([1e5, 1e5])
+    timed = calls[calls.index("b") + 4:]  # after two checked calls and two of the timer
+    assert timed[:6] == ["a", "b"] * 3 and set(timed[6:]) == {"b"}
+
+
+def test_short_calls_are_timed_in_batches(monkeypatch):
+    calls, candidates = scripted(monkeypatch, {"a": 1e-4})
+    got = timing.Meter(False, ONE_RUN).measure("op", 1.0, candidates)
+    assert got["a"]["calls"] == 10 and got["a"]["us"] == pytest.approx(100)
 
 
 def test_slow_candidates_run_once_and_then_not_at_all(monkeypatch):
-    calls = scripted(monkeypatch, {measure.OURS: lambda i: 10.0, "peer": lambda i: 20.0})
-    meter = measure.Meter(limit=90.0, budget=0.1, min_runs=1)
-    first = meter.measure(scripted_row(1.0))["candidates"]
-    assert first["peer"]["runs"] == [20.0] and calls.count(("peer", 0)) == 1 and ("peer", 1) not in calls
-    for slowdown in (8.0, 64.0):
-        later = meter.measure(scripted_row(slowdown))["candidates"]
-        assert later["peer"] == {"skipped": f"about {20 * slowdown:.0f} s a run"}
-        assert later[measure.OURS]["runs"] == [10.0]  # ours always runs
-    assert calls.count(("peer", 0)) == 1
+    calls, candidates = scripted(monkeypatch, {"ours": 10.0, "peer": 20.0})
+    one = timing.Meter(False, ONE_RUN, limit=90.0, never_left_out=("ours",))
+    first = one.measure("op", 1.0, candidates)
+    assert calls == ["ours", "peer"] and first["peer"]["us"] == pytest.approx(2e7) and first["peer"]["runs"] == 1
+    later = one.measure("op", 8.0, candidates)
+    assert later["peer"] == {"skipped": "about 160 s a run"} and later["ours"]["us"] == pytest.approx(1e7) and calls.count("peer") == 1
+    assert "us" in one.measure("other", 8.0, candidates)["peer"]
 
 
-def results_of(rows_):
-    return {
-        "machine": machine.describe(),
-        "command": "python -m mixtral_bench",
-        "quick": False,
-        "limits": {"read_bandwidth": 36e9, "f32": 1e12, "bf16": 5.4e12},
-        "rows": rows_,
-    }
+def test_what_fails_is_recorded_and_the_others_go_on():
+    def raises():
+        warnings.warn("Flash attention requires a GPU (Triggered internally at sdp_utils.cpp:1.)", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+
+    def unsupported():
+        raise Unsupported("no window")
+
+    calls = []
+
+    def later():
+        calls.append(1)
+        if len(calls) > 5:
+            raise OSError("gone")
+
+    got = meter().measure("op", 1.0, {
+        "raises": raises, "unsupported": unsupported, "good": lambda: timing.Candidate([lambda: None], lambda result: 0.0, 0.0),
+        "nan": lambda: timing.Candidate([lambda: None], lambda result: math.nan, 1.0),
+        "later": lambda: timing.Candidate([later], lambda result: 0.0, 0.0)})
+    assert got["raises"]["failed"] == "RuntimeError: No available kernel. Aborting execution.; Flash attention requires a GPU"
+    assert got["unsupported"] == {"skipped": "no window"} and got["later"] == {"failed": "OSError: gone"} and "us" in got["good"]
+    assert "wrong result: relative error nan" in got["nan"]["failed"] and list(got) == ["raises", "unsupported", "good", "nan", "later"]
 
 
-def test_table(monkeypatch):
-    row = {
-        "group": "op",
-        "name": "op, T=1",
-        "flops": 2e9,
-        "bytes": 1e9,
-        "target": 3.0,
-        "candidates": {
-            "mixtral_ext": {"median": 0.05, "runs": [0.05], "error": 0.004},
-            "slow": {"median": 1.5, "runs": [1.5], "error": 0.004},
-            "fast": {"median": 0.2, "runs": [0.2], "error": 0.004},
-            "huge": {"skipped": "copies 45 GB of weights"},
-        },
-    }
-    alone = {**row, "name": "op, T=2", "candidates": {"mixtral_ext": row["candidates"]["mixtral_ext"]}}
-    text = report.table(results_of([row, alone]))
-    assert (
-        "| op, T=1 | 50 ms | 20.0 GB/s, 0.04 TFLOP/s | fast 200 ms | 4.00x | 3x "
-        "| slow 1.50 s, huge (not run: copies 45 GB of weights) |" in text
-    )
-    assert "| op, T=2 | 50 ms | 20.0 GB/s, 0.04 TFLOP/s | - | - | 3x | - |" in text
-    assert "read 36.0 GB/s" in text and "f32 1.00 TFLOP/s, bf16 5.4 TFLOP/s" in text
-    for part in ("device", "date", "commit", "isa"):
-        assert machine.describe()[part][:10] in text
-    assert torch.__version__ in text
+def test_copies_are_gone_through_in_turn():
+    seen = []
+    calls = [lambda i=i: seen.append(i) for i in range(3)]
+    timer = timing.Timer(calls, False)
+    seen.clear()
+    timer.batch()
+    assert len(timer.calls) % 3 == 0 and seen == [0, 1, 2] * (len(seen) // 3)
 
 
-def test_command_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(rows, "rows", tiny_rows)
-    monkeypatch.setattr(machine, "read_bandwidth", lambda size: 1e9)
-    monkeypatch.setattr(machine, "matrix_peak", lambda dtype: 1e9)
-    file = tmp_path / "new" / "run.json"
-    bench.main(["--quick", "--json", str(file)])
+@pytest.mark.parametrize("at", ("call", "end", None))
+def test_what_cannot_be_captured_has_no_graph(monkeypatch, at):
+    @contextlib.contextmanager
+    def capture(graph):
+        yield
+        if at == "end":
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    timer = timing.Timer([lambda: None], False)
+    if at == "call":
+        timer.calls = [lambda: 1 / 0]
+    for name, value in dict(CUDAGraph=lambda: "graph", graph=capture, stream=contextlib.nullcontext, current_stream=lambda: None,
+                            synchronize=lambda: None).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert timer._captured() == (None if at else "graph")
+
+
+def test_inputs_are_copied_until_they_are_larger_than_the_caches(monkeypatch):
+    seen = []
+    monkeypatch.setitem(rows.OPS, "moe_sort", dataclasses.replace(rows.OPS["moe_sort"], ours={
+        files.OURS: lambda case, inputs: seen.append(inputs["topk_ids"]) or (lambda: mixtral_ext.moe_sort(**inputs))}))
+    case = tiny("moe_sort")  # 40 bytes
+    rows.make_row(case, "bf16", CPU, meter(), LIMITS, (), rotated=40 * 7)
+    assert len(seen) == 7 == len({t.data_ptr() for t in seen}) and all(torch.equal(t, seen[0]) for t in seen)
+    seen.clear()
+    rows.make_row(case, "bf16", CPU, meter(), LIMITS, (), rotated=40 * 1000)
+    assert len(seen) == rows.MOST_COPIES
+
+
+def test_clone_keeps_strides():
+    t = torch.arange(24.0).view(2, 12)[:, 3:7]
+    copy = rows.clone({"a": t, "n": 3, "none": None})
+    assert torch.equal(copy["a"], t) and copy["a"].stride() == t.stride() and (copy["n"], copy["none"]) == (3, None)
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch):
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 2 * 3 * 8 * 64 * 48 * 4 - 1)
+    found = row(tiny("moe_experts"))["candidates"][files.OURS]
+    assert re.fullmatch(r"inputs of .* GB, and the peers' copies, do not fit into .* GB", found["skipped"])
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 2 * 3 * 8 * 64 * 48 * 4)
+    assert "us" in row(tiny("moe_experts"))["candidates"][files.OURS]
+
+
+def test_a_row_that_cannot_be_made_is_recorded(monkeypatch):
+    monkeypatch.setattr(type(tiny("moe_sort")), "inputs", lambda *_: 1 / 0)
+    assert row(tiny("moe_sort"))["candidates"] == {files.OURS: {"failed": "ZeroDivisionError: division by zero"}}
+
+
+# -------------------------------------------------------------------------------------------------------------- peers
+
+
+def ours_as_peer(window):
+    return lambda case, inputs: lambda: mixtral_ext.sliding_window_attention(**inputs | {"window": window})[0]
+
+
+def test_a_peer_that_computes_something_else_is_checked_against_that():
+    case = tiny("sliding_window_attention")
+    peers = [Peer("same", ours_as_peer(9)), Peer("none, no window", ours_as_peer(None), changed={"window": None}),
+             Peer("not none, no window", ours_as_peer(9), changed={"window": None})]
+    found = row(case, peers)["candidates"]
+    assert found["none, no window"]["flops"] == 4 * 64 * 4 * sum(range(151)) and "share" not in found["none, no window"]
+    assert "us" in found["same"] and "wrong result" in found["not none, no window"]["failed"] and found["same"]["times"] > 0
+    assert list(row(tiny("sliding_window_attention", window=None), peers[1:2])["candidates"]) == [files.OURS]  # there it is "none" itself
+
+
+@pytest.mark.parametrize("error", (0.001, 0.1))
+def test_a_yardstick_brings_its_own_check(error):
+    found = row(tiny("grouped_gemm"), [Peer("dense", lambda case, inputs: (lambda: None, lambda result: error), yardstick=True)])
+    assert ("us" in found["candidates"]["dense"]) == (error < moe_ops.TOLERANCE)
+
+
+def test_peers_on_tiny_shapes():
+    """Those that a CPU has; each is right."""
+    for op in CASES:
+        peers = [peer for peer in rows.peers_of(op, "cpu", None) if peer.name not in ("llama.cpp", "FlexAttention")]
+        for name, found in row(tiny(op), peers)["candidates"].items():
+            assert "us" in found or "skipped" in found, (op, name, found)
+
+
+def test_absent_peers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "missing_library", None)
+    peers = [Peer("a", None), Peer("b", None, module="json"), Peer("c", None, module="missing_library", package="missing-library")]
+    assert list(rows.absent(peers)) == ["c"] and "ModuleNotFoundError" in rows.absent(peers)["c"]
+    assert rows.versions([*peers, Peer("d", None, package="torch")]) == {"missing-library": "absent", "torch": torch.__version__}
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two rows, a machine of known limits, a peer that is absent and one that is wrong."""
+    cases = [tiny("moe_experts"), tiny("rolling_attention")]
+    monkeypatch.setattr(rows, "chosen", lambda *_: cases)
+    monkeypatch.setattr(machine, "limits", lambda device, quick: LIMITS)
+    monkeypatch.setattr(rows, "ROTATED", {"cpu": 2**12})
+    monkeypatch.setattr(timing, "CPU", ONE_RUN)
+    monkeypatch.setitem(sys.modules, "missing_library", None)
+    monkeypatch.setitem(rows.PEERS, "moe_experts", [
+        Peer("gone", None, module="missing_library", package="missing-library"), Peer("wrong", lambda case, inputs: lambda: inputs["hidden"]),
+        Peer("GPU only", None, ("cuda",))])
+    monkeypatch.setitem(rows.PEERS, "rolling_attention", [])
+    return cases
+
+
+def test_run(small, tmp_path, capsys, monkeypatch):
+    file, saved = tmp_path / "new" / "run.json", []
+    save = bench._save
+    monkeypatch.setattr(bench, "_save", lambda path, results: saved.append(len(results["rows"])) or save(path, results))
+    bench.main(["run", "--device", "cpu", "--json", str(file)])
     printed = capsys.readouterr().out
-    assert "not for quoting" in printed and f"wrote {file}" in printed
-    results = json.loads(file.read_text())
-    assert [row["group"] for row in results["rows"]] == ["moe_experts"] * 2 + ["sliding_window_attention", "rolling_attention"]
-    for row in results["rows"]:
-        for candidate in row["candidates"].values():
-            assert len(candidate["runs"]) >= 3 and min(candidate["runs"]) <= candidate["median"] <= max(candidate["runs"])
-    assert {"device", "threads", "date", "commit", "versions"} <= set(results["machine"])
-
+    results = files.load(file)
+    assert saved == [1, 2, 2] and f"wrote {file}" in printed and results["command"] == f"python -m mixtral_bench run --device cpu --json {file}"
+    assert (results["kind"], results["limits"], results["peers"]) == ("ops", LIMITS, {"missing-library": "absent"})
+    assert {"before", "during", "after"} == set(results["state"]) and set(results["machine"]) >= {"name", "isa", "threads", "date", "commit", "versions"}
+    first, second = results["rows"]
+    assert set(first["candidates"]) == {files.OURS, files.SORTING, "gone", "wrong"} and list(second["candidates"]) == [files.OURS]
+    assert "missing_library" in first["candidates"]["gone"]["absent"] and "wrong result" in first["candidates"]["wrong"]["failed"]
+    assert first["sizes"]["tokens"] == 5 and second["sizes"]["chunks"] == [1, 1, 1] and second["sizes"]["window"] == 16
+    for text in ("gone", "wrong", "Expert layer"):
+        assert text in printed
     bench.main(["report", str(file)])
     assert file.with_suffix(".md").read_text().strip() in printed
-    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    bench.main(["compare", str(file), str(file)])
+    assert "1.000" in capsys.readouterr().out
 
 
-def test_json_without_a_name_goes_to_results(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(bench, "measure", lambda quick, limit, command: results_of([]))
-    bench.main(["--json"])
-    (file,) = (tmp_path / "results").iterdir()
-    assert file.suffix == ".json" and ":" not in file.name
+def test_results_are_named_by_date_and_device(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    bench.main(["run", "--device", "cpu", "--peers", "--json"])
+    (file,) = tmp_path.iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-[\w-]+\.json", file.name)
+    assert list(files.load(file)["rows"][0]["candidates"]) == [files.OURS, files.SORTING]  # --peers without a name: none
 
 
-def test_the_table_of_the_issue():
-    """Sizes and wanted speed-ups of the real run, from the cases alone."""
-    made = []
-
-    def record(case, targets):
-        made.append((case.hidden, case.intermediate, case.experts, case.top_k, targets))
-        return ()
-
-    def record_one(case, target):
-        made.append((case.heads, case.key_heads, case.head_dim, case.window, target))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "expert_rows", record)
-        patch.setattr(rows, "attention_row", record_one)
-        patch.setattr(rows, "decode_row", record_one)
-        list(rows.rows())
-    attention, decode = (32, 8, 128, 4096), (32, 8, 128, 4096)
-    assert made == [
-        (4096, 14336, 8, 2, {1: 3.0, 8: 1.0, 64: 1.0, 512: 3.0}),
-        (*attention, 1.0),
-        (*attention, 4.0),
-        (*decode, 2.0),
-        (*decode, 2.0),
-    ]
+def test_ours_that_fails_ends_with_an_error(small, monkeypatch):
+    monkeypatch.setattr(mixtral_ext, "rolling_attention", lambda **_: 1 / 0)
+    with pytest.raises(SystemExit, match="^failed: rolling_attention mistral-7b B=1$"):
+        bench.main(["run", "--device", "cpu"])
 
 
-def test_machine_limits():
-    assert machine.read_bandwidth(2**20) > 0
-    assert machine.median_seconds(lambda: None, 3) >= 0
+@pytest.mark.parametrize("arguments, text", [
+    (["run", "--device", "cpu", "--cases", "no such"], "error: no case is left"),
+    (["run", "--device", "cpu", "--op", "moe_gate", "--peers", "Liger"], "error: peers: unknown for these ops on cpu: Liger"),
+    (["report", "no/such.json"], "error: no/such.json: no such file"), (["compare", "a.json", "b.json"], "error: a.json: no such file")])
+def test_errors(arguments, text):
+    with pytest.raises(SystemExit, match=re.escape(text)):
+        bench.main(arguments)
 
 
-@pytest.mark.parametrize("module", ["tqdm", "transformers"])
-def test_a_missing_extra_is_named(monkeypatch, module):
-    monkeypatch.delitem(sys.modules, "mixtral_bench.rows")
-    monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
-    with pytest.raises(SystemExit, match=rf"^error: {module} is not installed: pip install 'mixtral_ext\[bench\]'$"):
-        bench.main(["--quick"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu():
+    with pytest.raises(SystemExit, match="error: device: torch .* sees no NVIDIA GPU"):
+        bench.main(["run", "--device", "cuda"])
 
 
-def test_the_table_does_not_need_matplotlib(monkeypatch, tmp_path, capsys):
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps(results_of([])))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    bench.main(["report", str(file)])
-    printed = capsys.readouterr().out
-    assert printed.startswith(file.with_suffix(".md").read_text())
-    assert printed.endswith("no plot: matplotlib is not installed: pip install 'mixtral_ext[bench]'\n")
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_list(capsys, device):
+    bench.main(["list", "--device", device, "--op", "moe_experts", "rolling_attention", "--shapes", "mixtral-8x7b"])
+    text = capsys.readouterr().out
+    assert "torch grouped_mm" in text and ("Liger" in text) == (device == "cuda")
+    assert re.search(r"mixtral-8x7b T=4096 +tokens=4096, hidden=4096, intermediate=14336", text) and "mixtral-8x22b" not in text and "moe_gate\n" not in text
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # an import of it fails
+    with pytest.raises(SystemExit, match=r"^error: tqdm is not installed: pip install 'mixtral_ext\[bench\]'$"):
+        bench.main(["run", "--quick", "--device", "cpu", "--op", "moe_sort"])
+
+
+def test_machine():
+    limits = machine.limits(CPU, quick=True)
+    assert set(limits) == {"copy_tb_s", "read_tb_s", "bf16_tflop_s", "f32_tflop_s"} and all(0 < value < 100 for value in limits.values())
+    about = machine.describe(CPU)
+    assert about["device"] == "cpu" and about["versions"]["torch"] == torch.__version__ and about["memory_gib"] > 0
+    assert "load" in machine.state(CPU) and machine.watch(CPU)() == {}
+
+
+def test_clocks_of_a_gpu(monkeypatch, tmp_path):
+    """With a stand-in for the program that tells them."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\ncase \"$*\" in *lms*) printf '1000, 300.5\\n1980, 700\\n[N/A], 1\\n1500, 400\\n'; exec sleep 60;; *) echo '580.1, 345, 2619, 1980, 72.3, 700, 38';; esac\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    cuda = torch.device("cuda")
+    assert machine.state(cuda) == dict(zip(machine.STATE, ("580.1", "345", "2619", "1980", "72.3", "700", "38")))
+    finish = machine.watch(cuda)
+    import time
+    time.sleep(0.5)
+    assert finish() == {"clocks.sm": {"median": 1500, "min": 1000, "max": 1980}, "power.draw": {"median": 400, "min": 300.5, "max": 700}}

@@ -1,4 +1,4 @@
-"""What make gpu-check does, without a GPU: the bench of the expert layer on tiny shapes of the CPU, its table, and how parts are run."""
+"""What make gpu-check does, without a GPU: how its parts are run."""
 import json
 import os
 import re
@@ -11,107 +11,10 @@ import pytest
 import torch
 
 import mixtral_ext
-from mixtral_bench import gpu_check, gpu_experts, gpu_timing
+from mixtral_bench import gpu_check
+from mixtral_bench.cases import CASES
 
 ROOT = Path(__file__).parents[1]
-TINY = gpu_experts.Shape(hidden=64, intermediate=48, experts=8, top_k=2)
-NAMES = {*gpu_experts.OURS, *gpu_experts.PEERS, "dense", "copy"}
-
-
-@pytest.fixture(autouse=True)
-def few_runs(monkeypatch):
-    monkeypatch.setattr(gpu_timing, "MIN_RUNS", 1)
-    monkeypatch.setattr(gpu_experts.machine, "describe", lambda: {"date": "2026-01-02", "commit": "abc", "versions": {"torch": "2"}})
-
-
-def bench(tokens=(1, 20), routings=gpu_experts.ROUTINGS, **options):
-    return gpu_experts.run(TINY, tokens, routings, "cpu", budget=0.0, say=lambda text: None, **options)
-
-
-# -------------------------------------------------------------------------------------------------------------- bench
-
-
-def test_all_candidates_are_right_and_counted():
-    saved = []
-    results = bench(save=lambda r: saved.append(json.dumps(r)))
-    assert json.loads(saved[-1]) == json.loads(json.dumps(results)) and len(saved) == 7
-    assert [(row["tokens"], row["routing"]) for row in results["rows"]] == [(t, r) for t in (1, 20) for r in gpu_experts.ROUTINGS]
-    assert gpu_experts.broken(results) == []
-    expert = 3 * 64 * 48
-    for row in results["rows"]:
-        assert set(row["candidates"]) == NAMES and sum(row["rows_of_experts"]) == 2 * row["tokens"]
-        touched = sum(n > 0 for n in row["rows_of_experts"])
-        for name, candidate in row["candidates"].items():
-            assert (candidate["error"] == 0) if name == "copy" else (0 <= candidate["error"] <= 0.02), name
-            assert candidate["us_range"][0] <= candidate["us"] <= candidate["us_range"][1]
-            assert candidate["tb_s"] == pytest.approx(candidate["bytes"] / candidate["us"] / 1e6)
-        for name in ("ours", "ours + sort", *gpu_experts.PEERS):
-            assert row["candidates"][name]["flops"] == row["tokens"] * 2 * 2 * expert  # two experts of each token, 2 a weight
-            assert row["candidates"][name]["bytes"] == 2 * (touched * expert + row["tokens"] * (64 + 64))
-        assert row["candidates"]["copy"]["bytes"] == touched * expert * 2  # half of that read, half written
-        assert {n: row["candidates"][n]["flops"] for n in ("swiglu", "down")} == {"swiglu": row["tokens"] * 8 * 64 * 48,
-                                                                           "down": row["tokens"] * 4 * 64 * 48}
-        assert row["times"]["ours + sort"]["torch grouped_mm"] == pytest.approx(
-            row["candidates"]["torch grouped_mm"]["us"] / row["candidates"]["ours + sort"]["us"])
-        assert row["copy_share"]["ours"] == pytest.approx(row["candidates"]["ours"]["tb_s"] / row["candidates"]["copy"]["tb_s"])
-
-
-def test_routings():
-    rows = {row["routing"]: row["rows_of_experts"] for row in bench(tokens=(20,))["rows"]}
-    assert rows["balanced"] == [5] * 8 and sorted(rows["two"]) == [0] * 6 + [20, 20]
-    assert len(set(rows["natural"])) > 1
-
-
-@pytest.mark.parametrize("kind, text", [("wrong", "wrong result: relative error"), ("unwritten", "wrong result: relative error"),
-                                        ("raises", "RuntimeError: no kernel")])
-def test_what_fails_is_recorded_and_the_others_go_on(monkeypatch, kind, text):
-    good = mixtral_ext.moe_experts
-
-    def bad(*args, out):
-        if kind == "raises":
-            raise RuntimeError("no kernel\nmore")
-        return out if kind == "unwritten" else good(*args, out=out).mul_(1.05)
-
-    monkeypatch.setattr(mixtral_ext, "moe_experts", bad)
-    results = bench(tokens=(20,), routings=("natural",))
-    candidates = results["rows"][0]["candidates"]
-    assert gpu_experts.broken(results) == ["ours", "ours + sort"]
-    assert text in candidates["ours"]["failed"] and "more" not in candidates["ours"]["failed"]
-    assert all("us" in candidates[name] for name in NAMES - {"ours", "ours + sort"})
-    assert f"ours: {candidates['ours']['failed']} (1 rows, first T=20 natural)" in gpu_experts.table(results)
-
-
-def test_a_row_that_cannot_be_made_is_recorded(monkeypatch):
-    def transformers_experts(*_):
-        raise torch.OutOfMemoryError("too large")
-
-    monkeypatch.setattr(gpu_experts, "transformers_experts", transformers_experts)
-    results = bench(tokens=(20,))
-    assert all(c == {"failed": "OutOfMemoryError: too large"} for row in results["rows"] for c in row["candidates"].values())
-    assert "too large" in gpu_experts.table(results)
-
-
-def test_table(tmp_path, capsys):
-    """Of all rows it has at most 60 lines; numbers are the JSON's."""
-    results = bench()
-    results["rows"] *= 6  # as many as of the full bench
-    file = tmp_path / "bench.json"
-    file.write_text(json.dumps(results))
-    gpu_experts.main(["--report", str(file)])
-    text = capsys.readouterr().out
-    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert text.splitlines() == file.with_suffix(".md").read_text().splitlines() and len(text.splitlines()) <= 60
-    head, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    assert len(body) == 37 and all(len(cells) == len(head) for cells in body)
-    for row, cells in zip(results["rows"], body[1:]):
-        cells = dict(zip(head, cells))
-        assert (int(cells["T"]), cells["routing"]) == (row["tokens"], row["routing"])
-        for name, column in (("ours", "ours"), ("ours + sort", "+ sort"), ("transformers eager", "transformers eager")):
-            assert float(cells[column].split()[0]) == pytest.approx(row["candidates"][name]["us"], abs=0.51, rel=1e-3)
-        assert f"({row['times']['ours + sort']['transformers eager']:.2f}x)" in cells["transformers eager"]
-
-
-# -------------------------------------------------------------------------------------------------------------- parts
 
 
 def python(text):
@@ -213,19 +116,53 @@ def test_make_passes_its_variables_on():
         return " ".join(done.stdout.replace("\\\n", " ").split())
 
     assert printed().endswith("-m mixtral_bench.gpu_check --out build/gpu-check")
-    line = printed("PARTS=tests bench", "OUT=/some/where", "TOKENS=1 16", "ROUTINGS=natural")
-    assert line.endswith("--out /some/where --parts tests bench --tokens 1 16 --routings natural")
-    line = printed("PARTS=attention", "LENGTHS=1024 4096", "BATCHES=1 2", "LIMIT=60")
-    assert line.endswith("--out build/gpu-check --parts attention --lengths 1024 4096 --batches 1 2 --seconds 60")
+    line = printed("PARTS=tests moe", "OUT=/some/where", "CASES=T=(1|16) two", "MODELS=mistral-7b", "LIMIT=60")
+    assert line.endswith("--out /some/where --parts tests moe --cases 'T=(1|16) two' --models mistral-7b --seconds 60")
 
 
-def test_options_of_a_bench(tmp_path, monkeypatch):
-    """They are those that the bench itself takes; without a GPU it ends with a failure."""
-    check = gpu_check.Check(tmp_path, 60)
-    commands = []
-    monkeypatch.setattr(check, "run", lambda command, log, limit, shown: commands.append((command[3:], log)) or (1, ["last line"]))
-    assert gpu_check.bench("gpu_attention", "attention", 9, lengths=["8"], batches=None)(check) == (["exit status 1", "last line"], "")
-    assert commands == [(["mixtral_bench.gpu_attention", "--json", tmp_path / "attention.json", "--lengths", "8"], "attention.log")]
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """What gpu-check would run on a machine with a GPU; of the second call a failure is reported."""
+    ran = []
+
+    def run(self, command, log, limit, shown=None, **environment):
+        ran.append((" ".join(map(str, command[2:])), log, limit))
+        return (1, ["last line"]) if len(ran) == 2 else (0, ["8 passed in 1.0s"])
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "a card\n", ""))
+    return ran
+
+
+def test_parts(tmp_path, commands, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main(["--out", str(out), "--parts", "moe", "attention", "model", "graph", "--cases", "T=8$"])
+    moe, attention, first, second, graph = commands
+    assert moe == (f"-m mixtral_bench run --device cuda --op {' '.join(gpu_check.OPS['moe'])} --cases T=8$ --json {out}/moe.json", "moe.log", 540)
+    assert attention[0].endswith(f"--op sliding_window_attention rolling_attention apply_rope --cases T=8$ --json {out}/attention.json")
+    assert first[0] == f"-m mixtral_model bench --random-weights mistral-7b --device cuda --json {out}/model-mistral-7b.json"
+    assert second[0] == f"-m mixtral_model bench --random-weights mixtral-8x7b --device cuda --json {out}/model-mixtral-8x7b.json"
+    assert 0 < second[2] <= first[2] <= 540 and "tests/test_cuda_graph.py" in graph[0]
+    assert end.value.code and "attention: FAILED" in capsys.readouterr().out
+    saved = json.loads((out / "summary.json").read_text())
+    assert {name: part["passed"] for name, part in saved.items()} == {"moe": True, "attention": False, "model": True, "graph": True}
+    assert saved["attention"]["failures"] == ["exit status 1", "last line"]
+
+
+def test_every_op_is_in_a_part():
+    assert sorted(op for ops in gpu_check.OPS.values() for op in ops) == sorted(CASES)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["mixtral_bench", "run", "--device", "cuda", "--op", "moe_gate", "--cases", "T=8$", "--json", "x.json"],
+    ["mixtral_model", "bench", "--random-weights", "mistral-7b", "--device", "cuda", "--json", "x.json"]])
+def test_what_the_parts_run_parses(monkeypatch, arguments):
+    """Without a GPU it ends with a word about that."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, on which it would run")
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and re.search("error: device: .*(sees no|NVIDIA GPU)", done.stderr), done.stderr
 
 
 def test_the_program_behind_the_choice_of_kernels_compiles(tmp_path):

@@ -1,86 +1,156 @@
-"""python -m mixtral_bench: the speed table of this machine. See --help."""
+"""python -m mixtral_bench list|run|report|compare: see --help of each."""
+
+import os
+
+# A thread stays on its core. The OpenMP runtime reads this when torch is imported.
+os.environ.setdefault("OMP_PROC_BIND", "true")
 
 import argparse
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 
-from mixtral_bench import machine, report
-from mixtral_bench.measure import Meter
+from mixtral_bench import compare, machine, report, timing
+from mixtral_bench.cases import CASES, SHAPES
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m mixtral_bench", description="Speed of our ops beside their peers.")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
-    parser.add_argument("--json", nargs="?", type=Path, const=Path(), metavar="FILE",
-                        help="write the results (default FILE: results/ of the package, named by date)")
-    parser.add_argument("--limit", type=float, default=90, metavar="SECONDS",
-                        help="leave out peers expected to need longer for one run (default %(default)s)")
-    commands = parser.add_subparsers(dest="command", title="instead of measuring")
-    reporter = commands.add_parser("report", help="table and plot of earlier results, written beside the file")
-    reporter.add_argument("file", type=Path)
+    parser = argparse.ArgumentParser(prog="python -m mixtral_bench", description="Speed of our ops beside their peers and the machine's limits.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, action, text in (("list", list_cases, "the cases and peers, and which peers are installed"), ("run", run, "measure")):
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(action=action)
+        command.add_argument("--op", nargs="+", choices=list(CASES), default=[], help="default: all")
+        command.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=[], help="default: all")
+        command.add_argument("--cases", type=re.compile, metavar="REGEX", help="only cases whose name it finds, such as 'T=(1|4096)$'")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--peers", nargs="*", metavar="NAME", help="only these, none at all without a name; default: all that are installed")
+    command.add_argument("--dtype", choices=("bf16", "f16", "f32"), default="bf16")
+    command.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
+    command.add_argument("--limit", type=float, default=90, metavar="SECONDS",
+                         help="leave out peers expected to need longer for one call (default %(default)s)")
+    command.add_argument("--json", nargs="?", type=Path, const=RESULTS, metavar="FILE",
+                         help="write the results after every row (default FILE: results/ of the package, named by date and device)")
+    command = commands.add_parser("report", help="tables and plots of results; without FILE BENCHMARKS.md and README.md of the repository")
+    command.set_defaults(action=write_report)
+    command.add_argument("file", type=Path, nargs="*", help="FILE.md and FILE-*.svg are written beside it")
+    command = commands.add_parser("compare", help="two runs of one machine beside each other")
+    command.set_defaults(action=lambda options, _: print(compare.compare(*options.file)))
+    command.add_argument("file", type=Path, nargs=2, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
-        run(options, " ".join(["python -m mixtral_bench", *arguments]))
+        options.action(options, shlex.join(["python", "-m", "mixtral_bench", *arguments]))
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has gone (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error.name.partition('.')[0]} is not installed: pip install 'mixtral_ext[bench]'")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
-def run(options: argparse.Namespace, command: str) -> None:
-    if options.command == "report":
-        write_report(options.file)
-    else:
-        results = measure(options.quick, options.limit, command)
-        print(report.table(results))
-        if options.json is not None:
-            name = results["machine"]["date"].replace(":", "") + ".json"
-            path = RESULTS / name if options.json == Path() else options.json
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"\nwrote {path}")
+def list_cases(options: argparse.Namespace, _: str) -> None:
+    from mixtral_bench import rows
+
+    cases = rows.chosen(options.op, options.shapes, options.cases)
+    for op in CASES:
+        found = [case for case in cases if case.op == op]
+        if found:
+            peers = rows.peers_of(op, options.device, options.peers)
+            missing = rows.absent(peers)
+            print(f"{op}\n  peers: {', '.join(p.name + (' (absent)' if p.name in missing else '') for p in peers) or 'none'}")
+            for case in found:
+                print(f"  {case.name:32} {', '.join(f'{k}={_short(v)}' for k, v in rows.sizes(case).items())}")
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
 @torch.inference_mode()
-def measure(quick: bool, limit: float, command: str) -> dict:
-    """Everything, with progress on stderr -> what `--json` writes."""
+def run(options: argparse.Namespace, command: str) -> None:
     from tqdm import tqdm
 
-    from mixtral_bench.rows import rows
+    from mixtral_bench import rows
 
-    meter = Meter(limit, budget=0.2) if quick else Meter(limit)
-    with tqdm(total=8, unit="row", dynamic_ncols=True) as bar:
-
-        def progress(text: str) -> None:
-            bar.set_description(text)
-
-        progress("read bandwidth and matrix peak")
-        limits = {
-            "read_bandwidth": machine.read_bandwidth(2**26 if quick else 2**30),
-            "f32": machine.matrix_peak(torch.float32),
-            "bf16": machine.matrix_peak(torch.bfloat16),
-        }
-        measured = []
-        progress("making weights and references")
-        for row in rows(quick):
-            measured.append(meter.measure(row, progress))
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: torch {torch.__version__} sees no NVIDIA GPU")
+    cases = rows.chosen(options.op, options.shapes, options.cases)
+    if options.quick:
+        cases = [small for case in cases if (small := rows.quick(case)) is not None]
+    if not cases:
+        raise ValueError("no case is left: see `python -m mixtral_bench list`")
+    effort = timing.QUICK if options.quick else timing.CUDA if device.type == "cuda" else timing.CPU
+    peers = {op: rows.peers_of(op, device.type, options.peers) for op in dict.fromkeys(case.op for case in cases)}
+    every = [peer for some in peers.values() for peer in some]
+    if unknown := set(options.peers or ()) - {peer.name for peer in every}:
+        raise ValueError(f"peers: unknown for these ops on {device.type}: {', '.join(sorted(unknown))}")
+    missing = rows.absent(every)
+    results = {"kind": "ops", "machine": machine.describe(device), "command": command, "quick": options.quick,
+               "state": {"before": machine.state(device)}, "peers": rows.versions(every), "rows": []}
+    with tqdm(total=len(cases), unit="row", dynamic_ncols=True) as bar:
+        bar.set_description("memory bandwidth and matrix rate")
+        results["limits"] = machine.limits(device, options.quick)
+        finish, meter = machine.watch(device), timing.Meter(device.type == "cuda", effort, options.limit, never_left_out=(rows.OURS,))
+        path = None if options.json is None else _path(options.json, results)
+        for case in cases:
+            present = [peer for peer in peers[case.op] if peer.name not in missing]
+            row = rows.make_row(case, options.dtype, device, meter, results["limits"], present,
+                                2**20 if options.quick else rows.ROTATED[device.type],
+                                lambda text, case=case: bar.set_description(f"{case.op} {case.name}: {text}"))
+            row["candidates"] |= {peer.name: {"absent": missing[peer.name]} for peer in peers[case.op]
+                                  if peer.name in missing and rows.applies(peer, case)}
+            results["rows"].append(row)
             bar.update()
-    return {"machine": machine.describe(), "command": command, "quick": quick, "limits": limits, "rows": measured}
+            bar.write(_line(row), file=sys.stderr)
+            if path:
+                _save(path, results)
+    results["state"] |= {"during": finish(), "after": machine.state(device)}
+    after = machine.limits(device, options.quick)  # the better of both: a limit is what the machine can do
+    results["limits"] = {name: max(rate, after[name]) for name, rate in results["limits"].items()}
+    results["rows"] = [timing.rated(row, results["limits"]) for row in results["rows"]]
+    if path:
+        _save(path, results)
+    print(report.table(results))
+    if path:
+        print(f"\nwrote {path}")
+    broken = [f"{row['op']} {row['case']}" for row in results["rows"] if "failed" in row["candidates"].get(rows.OURS, {})]
+    if broken:
+        sys.exit(f"failed: {'; '.join(broken)}")
 
 
-def write_report(file: Path) -> None:
-    results = json.loads(file.read_text())
-    markdown = report.table(results) + "\n"
-    file.with_suffix(".md").write_text(markdown)
-    print(markdown)
-    try:
-        report.plot(results, file.with_suffix(".png"))
-    except ModuleNotFoundError:
-        print("no plot: matplotlib is not installed: pip install 'mixtral_ext[bench]'")
+def _line(row: dict) -> str:
+    """One row, while it goes on."""
+    shown = [f"{name} {report.time(found['us'])}" if "us" in found else f"{name}: failed: {found['failed']}"
+             for name, found in row["candidates"].items() if "us" in found or "failed" in found]
+    return f"{row['op']} {row['case']}: {', '.join(shown)}"
+
+
+def _path(given: Path, results: dict) -> Path:
+    if given == RESULTS:
+        name = re.sub(r"\W+", "-", results["machine"]["name"].lower().replace("(r)", "")).strip("-")
+        return RESULTS / f"{results['machine']['date'][:10]}-{name}.json"
+    return given
+
+
+def _save(path: Path, results: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def write_report(options: argparse.Namespace, _: str) -> None:
+    for path in report.write(options.file) if options.file else report.write_all():
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One list of cases per op, for the tests (CPU, virtual GPU, GPU) and the benchmarks.
 
 CASES[op] lists the cases of an op; `case.inputs(dtype, device)` makes the arguments of its functional form, by name.
-Small cases take milliseconds in an emulator and cover the edges of the contract; `large` ones are Mixtral 8x7B and
-Mistral 7B sizes. Whatever an op must not read holds NaN or a huge index. `cpu_only` cases break the 16-byte alignment
+Small cases take milliseconds in an emulator and cover the edges of the contract; the benchmarks take the `large` ones, which have the
+sizes of the models in SHAPES. Whatever an op must not read holds NaN or a huge index. `cpu_only` cases break the 16-byte alignment
 that CUDA asks for; `far` ones put elements more than 2^31 elements apart (address space, not memory: nothing in
 between is touched).
 """
@@ -18,13 +18,38 @@ FAR = 2**30 + 8  # stride of `far` cases: the third row lies beyond 2^31 element
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What a model's layers have; window None: plain causal, up to `context` positions."""
+    hidden: int
+    intermediate: int
+    heads: int
+    window: int | None
+    context: int
+    theta: float = 1e6
+    key_heads: int = 8
+    head_dim: int = 128
+
+
+SHAPES = {
+    "mixtral-8x7b": Shape(4096, 14336, 32, None, 32768),
+    "mixtral-8x22b": Shape(6144, 16384, 48, None, 65536),
+    "mistral-7b": Shape(4096, 14336, 32, 4096, 32768, 1e4),  # v0.1; later versions have the attention of mixtral-8x7b
+}
+MOE = ("mixtral-8x7b", "mixtral-8x22b")  # 8 experts, 2 of them for a token
+
+
+@dataclass(frozen=True)
 class Case:
     name: str
     seed: int = 0
-    large: bool = False
+    shapes: tuple[str, ...] = ()  # the models (of SHAPES) that have a large case's sizes
     cpu_only: bool = False
     far: bool = False
     op: ClassVar[str]
+
+    @property
+    def large(self) -> bool:
+        return bool(self.shapes)
 
     def inputs(self, dtype, device="cpu"):
         return self._inputs(Maker(dtype, device, self.seed))
@@ -69,8 +94,13 @@ class Maker:
         return torch.rand(tokens, experts, generator=self.generator, device=self.device).argsort(1)[:, :top_k].int()
 
     def topk_ids(self, tokens, experts, top_k, routing, dtype=torch.int32):
-        """routing: uniform; one (all rows on the last expert); few (experts 1 and 2 only); skips; all_skips."""
-        if routing == "one":
+        """routing: uniform; balanced (as many rows for each expert); one (all rows on the last expert); few (experts 1 and 2 only);
+        two (every token on two experts that are not neighbours); skips; all_skips."""
+        if routing == "balanced":
+            ids = (torch.arange(tokens * top_k, device=self.device) % experts).view(tokens, top_k).to(dtype)
+        elif routing == "two":
+            ids = torch.tensor([1, experts - 2], dtype=dtype, device=self.device).expand(tokens, 2).contiguous()
+        elif routing == "one":
             ids = torch.full((tokens, top_k), experts - 1, dtype=dtype, device=self.device)
         elif routing == "few":
             ids = self.ints(1, min(3, experts), tokens, top_k, dtype=dtype)
@@ -390,7 +420,7 @@ def _gate_cases():
         MoeGateCase("e256_k8", tokens=6, experts=256, top_k=8, renormalize=False),
         MoeGateCase("e60_k4_ties", tokens=9, experts=60, top_k=4, values="ties"),
         MoeGateCase("many_tokens", tokens=1030, seed=2),
-    ] + [MoeGateCase(f"mixtral_t{t}", tokens=t, large=True) for t in (1, 8, 64, 512, 4096, 16384)]
+    ] + [MoeGateCase(f"mixtral-8x7b T={t}", tokens=t, shapes=MOE) for t in (1, 8, 64, 512, 4096, 16384)]
 
 
 def _sort_cases():
@@ -407,7 +437,7 @@ def _sort_cases():
         MoeSortCase("e256_k8", tokens=9, experts=256, top_k=8, routing="skips"),
         MoeSortCase("one_expert_only", tokens=5, experts=1, top_k=1),
         MoeSortCase("many_tokens", tokens=1030, routing="skips"),
-    ] + [MoeSortCase(f"mixtral_t{t}", tokens=t, large=True) for t in (1, 512, 4096, 16384)]
+    ] + [MoeSortCase(f"mixtral-8x7b T={t}", tokens=t, shapes=MOE) for t in (1, 512, 4096, 16384)]
 
 
 def _row_cases(kind):
@@ -425,13 +455,16 @@ def _row_cases(kind):
         kind("odd_hidden", tokens=5, hidden=37, cpu_only=True),
         kind("odd_stride", tokens=5, padding=3, cpu_only=True),
         kind("far", tokens=3, top_k=1, far=True),
-    ] + [kind(f"mixtral_t{t}", tokens=t, hidden=4096, large=True) for t in (1, 8, 64, 512, 4096)]
+    ] + [kind(f"{model} T={t}", tokens=t, hidden=SHAPES[model].hidden, shapes=(model,)) for model in MOE for t in (1, 8, 64, 512, 4096)]
 
 
 def _gemm_cases(kind):
     """grouped_gemm and grouped_gemm_swiglu."""
-    mixtral = [kind(f"mixtral_t{t}", segments=_even(2 * t, 8), inner=4096, outer=14336, gather=2, large=True)
-               for t in (1, 8, 64, 512, 4096)]
+    large = []
+    for model in MOE:
+        hidden, intermediate = SHAPES[model].hidden, SHAPES[model].intermediate
+        sizes = dict(inner=hidden, outer=intermediate, gather=2) if kind is GroupedGemmSwigluCase else dict(inner=intermediate, outer=hidden)
+        large += [kind(f"{model} T={t}", segments=_even(2 * t, 8), **sizes, shapes=(model,)) for t in (1, 8, 64, 512, 4096)]
     return [
         kind("plain"),
         kind("empty", segments=(0, 0, 0)),
@@ -453,7 +486,7 @@ def _gemm_cases(kind):
         kind("odd_stride", segments=(3, 5), padding=3, gather=2, cpu_only=True),
         kind("far", segments=(1, 0, 2), inner=16, outer=8, far=True),
         kind("far_gather", segments=(2, 0, 4), inner=16, outer=8, gather=2, far=True),
-    ] + mixtral
+    ] + large
 
 
 def _even(rows, experts):
@@ -461,6 +494,11 @@ def _even(rows, experts):
 
 
 def _experts_cases():
+    def layer(model, tokens, routing):
+        name = f"{model} T={tokens}" + (f" {routing}" if routing != "uniform" else "")
+        return MoeExpertsCase(name, tokens=tokens, experts=8, hidden=SHAPES[model].hidden, intermediate=SHAPES[model].intermediate,
+                              routing=routing, shapes=(model,))
+
     return [
         MoeExpertsCase("empty", tokens=0),
         MoeExpertsCase("one_token", tokens=1),
@@ -478,13 +516,25 @@ def _experts_cases():
         MoeExpertsCase("no_intermediate", tokens=3, intermediate=0),
         MoeExpertsCase("far", tokens=3, far=True),
         MoeExpertsCase("odd_sizes", tokens=5, hidden=37, intermediate=19, padding=1, cpu_only=True),
-    ] + [MoeExpertsCase(f"mixtral_t{t}", tokens=t, experts=8, hidden=4096, intermediate=14336, large=True)
-         for t in (1, 4, 8, 16, 64, 512, 4096)]
+    ] + [layer("mixtral-8x7b", t, "uniform") for t in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096, 16384)] + [
+        layer("mixtral-8x7b", t, routing) for routing in ("balanced", "two") for t in (8, 64, 512, 4096)] + [
+        layer("mixtral-8x22b", t, "uniform") for t in (1, 8, 64, 512, 4096)]
+
+
+PACKED = {  # sequences in 16384 tokens
+    "mixed": (4096, 1, 317, 2048, 777, 5000, 64, 129, 1500, 2452),
+    "one long": (12288, *(128,) * 32),
+}
 
 
 def _sliding_cases():
     case = SlidingWindowAttentionCase
-    mistral = dict(heads=32, key_heads=8, head_dim=128, large=True)
+
+    def prompts(model, name, *lengths):
+        shape = SHAPES[model]
+        return case(f"{model} {name}", sequences=tuple((n, n) for n in lengths), layout="packed" if len(lengths) > 1 else "single",
+                    window=shape.window, heads=shape.heads, key_heads=shape.key_heads, head_dim=shape.head_dim, shapes=(model,))
+
     return [
         case("plain"),
         case("empty", sequences=()),
@@ -512,16 +562,24 @@ def _sliding_cases():
         case("gqa_4_of_1", sequences=((9, 9),), heads=4, key_heads=1, window=4, padding=8),
         case("odd_stride", sequences=((5, 5),), padding=3, cpu_only=True),
         case("far", sequences=((2, 2),) * 3, layout="batched", far=True),
-        case("mixtral_4k", sequences=((4096, 4096),), layout="single", **mistral),
-        case("mistral_4k", sequences=((4096, 4096),), layout="single", window=4096, **mistral),
-        case("mistral_16k", sequences=((16384, 16384),), layout="single", window=4096, **mistral),
-        case("mistral_32k", sequences=((32768, 32768),), layout="single", window=4096, **mistral),
-    ]
+    ] + [prompts(model, f"T={n}", n) for model in ("mistral-7b", "mixtral-8x7b") for n in (1024, 2048, 4096, 8192, 16384, 32768, 65536)] + [
+        prompts(model, f"packed {name}", *mix) for model in ("mistral-7b", "mixtral-8x7b") for name, mix in PACKED.items()] + [
+        prompts("mixtral-8x22b", f"T={n}", n) for n in (4096, 16384)]
+
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def _rolling_cases():
     case = RollingAttentionCase
-    mistral = dict(capacity=4096, window=4096, heads=32, key_heads=8, head_dim=128, large=True)
+
+    def decode(model, name, chunks, length):
+        """length: tokens that each sequence has seen. With a window the ring has wrapped, without one it is nearly full."""
+        shape = SHAPES[model]
+        return case(f"{model} {name}", chunks=chunks, lengths=(length,) * len(chunks), capacity=shape.window or shape.context,
+                    window=shape.window, heads=shape.heads, key_heads=shape.key_heads, head_dim=shape.head_dim, rope_theta=shape.theta,
+                    shapes=(model,))
+
     return [
         case("first_token", chunks=(1,), lengths=(0,)),
         case("decode", chunks=(1, 1, 1, 1), lengths=(3, 7, 8, 29)),
@@ -545,8 +603,10 @@ def _rolling_cases():
         case("long_ring", chunks=(1, 3), lengths=(300, 131), capacity=140, window=135),
         case("odd_stride", chunks=(2, 1), lengths=(5, 9), padding=3, cpu_only=True),
         case("far", chunks=(1, 1, 1), lengths=(3, 1, 11), far=True),
-    ] + [case(f"mistral_decode_b{b}", chunks=(1,) * b, lengths=(10000,) * b, **mistral) for b in (1, 16, 64)] + [
-        case("mistral_prefill_4k", chunks=(4096,), lengths=(4096,), **mistral)]
+    ] + [decode("mistral-7b", f"B={b}", (1,) * b, 9557) for b in BATCHES] + [
+        decode("mixtral-8x7b", f"B={b}", (1,) * b, 32704) for b in BATCHES] + [
+        decode("mixtral-8x22b", f"B={b}", (1,) * b, 65472) for b in (1, 16)] + [
+        decode("mistral-7b", f"chunk={n}", (n,), 9557) for n in (128, 2048)]
 
 
 def _rope_cases():
@@ -563,7 +623,7 @@ def _rope_cases():
         case("padded", padding=8, tokens=3),
         case("odd_stride", padding=3, cpu_only=True),
         case("far", tokens=3, far=True),
-    ] + [case(f"mixtral_t{t}", tokens=t, heads=32, key_heads=8, head_dim=128, theta=1e6, first=5000, large=True)
+    ] + [case(f"mixtral-8x7b T={t}", tokens=t, heads=32, key_heads=8, head_dim=128, theta=1e6, first=5000, shapes=("mixtral-8x7b", "mistral-7b"))
          for t in (1, 64, 4096)]
 
 

@@ -24,6 +24,8 @@ PYTEST = [sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb
 NOT_COLLECTED = ["--ignore=tests/test_numpy.py", "--ignore=tests/virtual_gpu", "--ignore=tests/test_cuda_graph.py"]
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SHOWN = 12  # failures of a part
+OPS = {"moe": ("moe_gate", "moe_sort", "moe_permute", "moe_combine", "grouped_gemm", "grouped_gemm_swiglu", "moe_experts"),
+       "attention": ("sliding_window_attention", "rolling_attention", "apply_rope")}
 
 
 class Check:
@@ -131,13 +133,11 @@ def sanitizer(check: Check):
     return failures, "; ".join(summaries)
 
 
-def bench(module: str, file: str, limit: float, **options):
-    """options: lists of values, or None for the bench's own."""
+def program(log: str, limit: float, *arguments):
+    """A part that is a program of ours; {out} in its arguments is the folder for what it writes."""
     def check(check: Check):
-        command = [sys.executable, "-u", "-m", f"mixtral_bench.{module}", "--json", check.out.resolve() / f"{file}.json"]
-        for name, values in options.items():
-            command += [f"--{name}", *values] if values else []
-        status, lines = check.run(command, f"{file}.log", limit, shown=".")
+        command = [sys.executable, "-u", "-m", *(a.replace("{out}", str(check.out.resolve())) for a in arguments)]
+        status, lines = check.run(command, log, limit, shown=r"^(?!\s*\d+%)\S")
         return [f"exit status {status}", *lines[-1:]] if status else [], ""
 
     return check
@@ -184,15 +184,13 @@ def library_hash() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mixtral_bench.gpu_check", description=__doc__)
-    names = ("tests", "graph", "sanitizer", "bench", "attention", "silicon")
+    names = ("tests", "graph", "sanitizer", "moe", "attention", "model", "silicon")
     parser.add_argument("--parts", nargs="+", choices=names, default=names,
-                        help="default: all. bench: the expert layer; silicon: the virtual GPU's tests on the card")
+                        help="default: all. moe, attention: the ops beside their peers; model: whole models; silicon: the virtual GPU's tests on the card")
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), metavar="FOLDER", help="default %(default)s")
-    parser.add_argument("--seconds", type=float, default=1500, help="for everything (default %(default)s); a part takes 7 minutes at most")
-    parser.add_argument("--tokens", nargs="+", metavar="T", help="of bench (default: 1 to 16384)")
-    parser.add_argument("--routings", nargs="+", help="of bench: balanced, natural, two")
-    parser.add_argument("--lengths", nargs="+", metavar="T", help="of attention's prompts (default: 1024 to 65536)")
-    parser.add_argument("--batches", nargs="+", metavar="B", help="of attention's decode steps (default: 1 to 128)")
+    parser.add_argument("--seconds", type=float, default=3600, help="for everything (default %(default)s); a part takes 9 minutes at most")
+    parser.add_argument("--cases", metavar="REGEX", help="of moe and attention: only cases whose name it finds, such as 'T=(1|4096)$'")
+    parser.add_argument("--models", nargs="+", default=["mistral-7b", "mixtral-8x7b"], metavar="NAME", help="of model (default: %(default)s)")
     parser.add_argument("--call-ops", action="store_true", help="only call every op, for a sanitizer")
     options = parser.parse_args(arguments)
     if options.call_ops:
@@ -210,12 +208,28 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit("\n".join(check.results["build"]["failures"]))
     check.say(f"{card.stdout.strip()}, libmixtral_ext.so.0 {library_hash()}, logs in {options.out}")
 
+    cases = ["--cases", options.cases] if options.cases else []
+
+    def ops(name):
+        return program(f"{name}.log", 540, "mixtral_bench", "run", "--device", "cuda", "--op", *OPS[name], *cases, "--json", f"{{out}}/{name}.json")
+
+    def models(check: Check):
+        """Each with what time is left of the part."""
+        start, found = time.monotonic(), []
+        for model in options.models:
+            left = 540 - (time.monotonic() - start)
+            failures, _ = program("model.log", left, "mixtral_model", "bench", "--random-weights", model, "--device", "cuda",
+                                  "--json", f"{{out}}/model-{model}.json")(check)
+            found += [f"{model}: {failure}" for failure in failures]
+        return found, ""
+
     parts = {
         "tests": pytest("tests.log", 240, "tests", *NOT_COLLECTED),
         "graph": pytest("graph.log", 60, "tests/test_cuda_graph.py"),
         "sanitizer": sanitizer,
-        "bench": bench("gpu_experts", "bench", 240, tokens=options.tokens, routings=options.routings),
-        "attention": bench("gpu_attention", "attention", 420, lengths=options.lengths, batches=options.batches),
+        "moe": ops("moe"),
+        "attention": ops("attention"),
+        "model": models,
         "silicon": pytest("silicon.log", 150, "tests/virtual_gpu"),
     }
     for name in options.parts:

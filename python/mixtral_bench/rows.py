@@ -1,179 +1,142 @@
-"""The lines of the speed table: each of our ops beside what people use today, on the same inputs and weights."""
+"""Runs the cases: copies of the inputs, our calls and the peers' on them, one row of results for each case."""
 
 import dataclasses
+import gc
+import importlib
+import importlib.metadata
+import json
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-import mixtral_ext
-from mixtral_bench.cases import CASES
-from mixtral_bench.machine import fits_in_memory
-from mixtral_bench.measure import OURS, Row
+from mixtral_bench import attention_ops, attention_peers, machine, moe_ops, moe_peers
+from mixtral_bench.cases import CASES, Case
+from mixtral_bench.files import OURS
+from mixtral_bench.op import Op
+from mixtral_bench.peer import Peer
+from mixtral_bench.timing import Candidate, Meter, first_line, rated
 
-DTYPE = torch.bfloat16
-ROTATED = 2**28  # bytes of buffers that successive runs of a small case go through, so that none finds them in a cache
-
-
-def rows(quick: bool = False) -> Iterator[Row]:
-    """All rows, made one after the other. `quick`: an eighth of the sizes or less, to see that everything runs."""
-    experts = _case("moe_experts", "mixtral_t512")
-    attention = _case("sliding_window_attention", "mistral_16k")
-    decode = _case("rolling_attention", "mistral_decode_b1")
-    lengths = (2048, 16384)
-    if quick:
-        experts = dataclasses.replace(experts, hidden=512, intermediate=1792)
-        attention = dataclasses.replace(attention, heads=8, key_heads=2, window=512)
-        decode = dataclasses.replace(decode, capacity=512, window=512)
-        lengths = (256, 2048)
-    yield from expert_rows(experts, {1: 3.0, 8: 1.0, 64: 1.0, 512: 3.0})
-    for length, target in zip(lengths, (1.0, 4.0)):
-        yield attention_row(dataclasses.replace(attention, sequences=((length, length),)), target)
-    for batch in (1, 8):
-        yield decode_row(dataclasses.replace(decode, chunks=(1,) * batch, lengths=decode.lengths * batch), 2.0)
+OPS: dict[str, Op] = moe_ops.OPS | attention_ops.OPS
+PEERS: dict[str, list[Peer]] = moe_peers.PEERS | attention_peers.PEERS
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+ROTATED = {"cuda": 2**28, "cpu": 2**30}  # bytes of inputs that successive calls go through: more than the L2 of a GPU, the caches of a CPU
+MOST_COPIES = 64  # inputs of less than ROTATED / 64 stay in a cache, as what the kernel before has just written does
+QUICK = dict(hidden=512, intermediate=1024, inner=512, outer=1024, capacity=256)  # sizes of --quick, where a case has more
 
 
-def _case(op: str, name: str):
-    return next(case for case in CASES[op] if case.name == name)
+def chosen(ops: Iterable[str] = (), shapes: Iterable[str] = (), pattern=None) -> list[Case]:
+    """The large cases, in the order of CASES: of these ops and models (none: of all), whose names `pattern` (a compiled expression) finds."""
+    return [case for op, cases in CASES.items() for case in cases
+            if case.large and (not ops or op in ops) and (not shapes or set(shapes) & set(case.shapes))
+            and (pattern is None or pattern.search(case.name))]
 
 
-def expert_rows(case, targets: dict[int, float]) -> Iterator[Row]:
-    """One row for each number of tokens up to the case's, over the same weights. Peers: transformers' experts backends."""
-    inputs = case.inputs(DTYPE)
-    w_gate_up, w_down = inputs["w_gate_up"], inputs["w_down"]
-    hidden, ids, weights = inputs["hidden"], inputs["topk_ids"].long(), inputs["topk_weights"]
-    expected = _experts_f32(hidden, w_gate_up, w_down, weights, ids)
-    sizes = case.hidden, case.intermediate, case.experts
-    peers = {name: transformers_experts(*sizes, w_gate_up, w_down, name) for name in ("eager", "batched_mm", "grouped_mm")}
-    expert_bytes = 2 * (w_gate_up[0].numel() + w_down[0].numel())
-
-    for tokens, target in targets.items():
-        if tokens > case.tokens:
-            return
-        routed = hidden[:tokens], ids[:tokens], weights[:tokens]
-
-        def run_ours(_, routed=routed):
-            x, chosen, scale = routed
-            return mixtral_ext.moe_experts(x, w_gate_up, w_down, scale, chosen)
-
-        candidates = {OURS: run_ours} | {
-            name: lambda _, peer=peer, routed=routed: peer(*routed) for name, peer in peers.items()
-        }
-        skipped = {}
-        if not fits_in_memory(needed := tokens * case.top_k * expert_bytes):
-            skipped["batched_mm"] = f"copies {needed / 1e9:.0f} GB of weights"
-            del candidates["batched_mm"]
-        yield Row(
-            group="moe_experts",
-            name=f"moe_experts, T={tokens}",
-            flops=tokens * case.top_k * expert_bytes,  # 2 a weight, which has 2 bytes
-            bytes=len(routed[1].unique()) * expert_bytes,
-            slowdown=tokens,
-            target=target,
-            expected=lambda out, tokens=tokens: (out, expected[:tokens]),
-            candidates=candidates,
-            skipped=skipped,
-        )
+def quick(case: Case) -> Case | None:
+    """The case with smaller sizes, to see that everything runs; None of the long ones."""
+    tokens = getattr(case, "tokens", 0) + sum(getattr(case, "segments", ()) or getattr(case, "chunks", ()))
+    if tokens > 128 or max((m for _, m in getattr(case, "sequences", ())), default=0) > 4096:
+        return None
+    changes = {name: least for name, least in QUICK.items() if getattr(case, name, 0) > least}
+    if "capacity" in changes:
+        changes["lengths"] = tuple(min(length, 3 * 256 + 17 if case.window else 200) for length in case.lengths)
+    if getattr(case, "sequences", ()):
+        changes["sequences"] = tuple((n // 8, m // 8) for n, m in case.sequences)
+    if getattr(case, "window", None):
+        changes["window"] = 256
+    return dataclasses.replace(case, **changes)
 
 
-def transformers_experts(hidden: int, intermediate: int, experts: int, w_gate_up, w_down, implementation: str):
-    """transformers' block over these weights, which are not copied."""
-    config = MixtralConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_local_experts=experts,
-        experts_implementation=implementation,
-    )
-    with torch.device("meta"):
-        block = MixtralExperts(config)
-    block.gate_up_proj = torch.nn.Parameter(w_gate_up, requires_grad=False)
-    block.down_proj = torch.nn.Parameter(w_down, requires_grad=False)
-    return block
+def clone(inputs: dict) -> dict:
+    """Of all tensors, in their strides."""
+    return {name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t) if isinstance(t, torch.Tensor) else t
+            for name, t in inputs.items()}
 
 
-def _experts_f32(hidden, w_gate_up, w_down, weights, ids):
-    """The expert layer in f32, one expert at a time."""
-    out = torch.zeros(hidden.shape)
-    for e in range(w_gate_up.shape[0]):
-        token, slot = (ids == e).nonzero(as_tuple=True)
-        gate, up = (hidden[token].float() @ w_gate_up[e].float().T).chunk(2, -1)
-        out.index_add_(0, token, weights[token, slot, None] * ((silu(gate) * up) @ w_down[e].float().T))
-    return out
+SIZES = ("tokens", "hidden", "intermediate", "experts", "top_k", "routing", "segments", "inner", "outer", "gather", "sequences", "chunks", "lengths",
+         "heads", "key_heads", "head_dim", "window", "capacity")
 
 
-def attention_row(case, target: float) -> Row:
-    """A whole prompt with a window. Peer: SDPA with the mask prepared in its own dtype, [B, H, T, D] contiguous."""
-    inputs = case.inputs(DTYPE)
-    q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    length, window = case.sequences[0][0], case.window
-    batched = [x.transpose(0, 1)[None].contiguous() for x in (q, k, v)]
-    mask = torch.ones(length, length, dtype=torch.bool).tril_().triu_(1 - window).logical_not_()
-    mask = torch.zeros(length, length, dtype=DTYPE).masked_fill_(mask, -math.inf)
-
-    # Checked rows: around the window's edges and spread over the prompt.
-    checked = sorted({0, 1, window - 1, window, window + 1, length - 1, *range(0, length, max(1, length // 32))} & set(range(length)))
-    expected = torch.stack([_attend_f32(q[p], k[max(0, p - window + 1) : p + 1], v[max(0, p - window + 1) : p + 1]) for p in checked])
-    pairs = sum(min(p + 1, window) for p in range(length))
-    return Row(
-        group="sliding_window_attention",
-        name=f"sliding_window_attention, T={length}, W={window}",
-        flops=4 * pairs * case.heads * case.head_dim,
-        bytes=2 * (q.numel() + k.numel() + v.numel()),
-        slowdown=length**2,
-        target=target,
-        expected=lambda out: ((out[0].transpose(0, 1) if out.ndim == 4 else out)[checked], expected),
-        candidates={
-            OURS: lambda _: mixtral_ext.sliding_window_attention(q, k, v, window=window)[0],
-            "masked SDPA": lambda _: scaled_dot_product_attention(*batched, attn_mask=mask, enable_gqa=True),
-        },
-    )
+def sizes(case: Case) -> dict:
+    """What the row's numbers depend on: the case's fields of these names, as JSON has them."""
+    found = {name: getattr(case, name) for name in SIZES if hasattr(case, name)}
+    return {name: json.loads(json.dumps(value)) for name, value in found.items()}
 
 
-def decode_row(case, target: float) -> Row:
-    """One new token per sequence over a full ring. Peer: SDPA over the same keys in order, [B, Hk, C, D] contiguous,
-    its cache already updated; with grouped heads, and with the query heads of a group as rows as transformers does."""
-    inputs = case.inputs(DTYPE)
-    q, new = inputs["q"], (inputs["k"], inputs["v"])
-    rings = inputs.pop("k_cache"), inputs.pop("v_cache")
-    batch, length, window = len(case.chunks), case.lengths[0], case.window
-    order = torch.arange(length - window + 1, length) % case.capacity
-    ordered = [torch.cat([ring[:, order], x[:, None]], 1).transpose(1, 2).contiguous() for ring, x in zip(rings, new)]
-    cache_bytes = 2 * (ordered[0].numel() + ordered[1].numel())
-    copies = max(1, -(-ROTATED // cache_bytes))
-    rings = [[x.clone() for x in rings] for _ in range(copies)]
-    ordered = [[x.clone() for x in ordered] for _ in range(copies)]
-
-    def run_ours(number):
-        k_cache, v_cache = rings[number % copies]
-        return mixtral_ext.rolling_attention(k_cache=k_cache, v_cache=v_cache, **inputs)[0]
-
-    def run_sdpa(number):
-        return scaled_dot_product_attention(q[:, :, None], *ordered[number % copies], enable_gqa=True)[:, :, 0]
-
-    def run_sdpa_rows(number):
-        grouped = q.reshape(batch, case.key_heads, -1, case.head_dim)
-        return scaled_dot_product_attention(grouped, *ordered[number % copies]).flatten(1, 2)
-
-    keys, values = (x.transpose(1, 2) for x in ordered[0])
-    expected = torch.stack([_attend_f32(q[b], keys[b], values[b]) for b in range(batch)])
-    return Row(
-        group="rolling_attention",
-        name=f"rolling_attention decode, B={batch}, {window} keys",
-        flops=4 * batch * window * case.heads * case.head_dim,
-        bytes=cache_bytes,
-        slowdown=batch,
-        target=target,
-        expected=lambda out: (out, expected),
-        candidates={OURS: run_ours, "SDPA": run_sdpa, "SDPA, heads as rows": run_sdpa_rows},
-    )
+def peers_of(op: str, device: str, names: Iterable[str] | None) -> list[Peer]:
+    """Of the op on the device; names: those to keep, None: all."""
+    return [peer for peer in PEERS.get(op, []) if device in peer.devices and (names is None or peer.name in names)]
 
 
-def _attend_f32(q, k, v):
-    """One query [Hq, D] over keys and values [m, Hk, D] -> [Hq, D]."""
-    group = q.shape[0] // k.shape[1]
-    k, v = (x.float().transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
-    scores = (k @ q.float()[..., None])[..., 0] / math.sqrt(q.shape[1])
-    return (scores.softmax(-1)[:, None] @ v)[:, 0]
+def applies(peer: Peer, case: Case) -> bool:
+    """A peer that ignores a window is of no use where there is none, or where another entry of it has the same."""
+    return all(getattr(case, field) != value for field, value in peer.changed.items())
+
+
+def versions(peers: Iterable[Peer]) -> dict[str, str]:
+    """Of the distributions behind the peers."""
+    found = {}
+    for peer in peers:
+        if peer.package:
+            try:
+                found[peer.package] = importlib.metadata.version(peer.package)
+            except importlib.metadata.PackageNotFoundError:  # not installed, or not as a distribution
+                found[peer.package] = getattr(sys.modules.get(peer.module), "__version__", "absent")
+    return found
+
+
+def make_row(case: Case, dtype: str, device: torch.device, meter: Meter, limits: dict, peers: Iterable[Peer], rotated: int,
+             progress=lambda text: None) -> dict:
+    """The row of one case, as the JSON has it. What fails is recorded in it. rotated: see ROTATED."""
+    op = OPS[case.op]
+    row = {"op": case.op, "case": case.name, "shapes": list(case.shapes), "dtype": dtype, "sizes": sizes(case), "bytes": 0, "flops": 0}
+    gc.collect()  # exceptions of the row before hold its tensors
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    size, memory = op.size(case, DTYPES[dtype].itemsize), machine.memory_bytes(device)
+    if size > memory / 4:
+        reason = f"inputs of {size / 1e9:.1f} GB, and the peers' copies, do not fit into {memory / 1e9:.0f} GB"
+        return row | {"candidates": {OURS: {"skipped": reason}}}
+    try:
+        first = op.complete(case, case.inputs(DTYPES[dtype], device))
+        row |= {"flops": op.flops(case, first), "bytes": op.bytes(case, first)}
+        taken = sum(t.numel() * t.element_size() for t in first.values() if isinstance(t, torch.Tensor))
+        copies = max(1, min(MOST_COPIES, math.ceil(rotated / max(taken, 1))))
+        inputs = [first, *(clone(first) for _ in range(copies - 1))]
+        errors = {(): op.expected(case, first)}
+
+        def ours(prepare):
+            return lambda: Candidate([prepare(case, copy) for copy in inputs], errors[()], op.tolerance, in_place=op.in_place)
+
+        def theirs(peer):
+            def make():
+                prepared = [peer.prepare(case, copy) for copy in inputs]
+                if peer.yardstick:  # it brings its own check
+                    return Candidate([call for call, _ in prepared], prepared[0][1], moe_ops.TOLERANCE)
+                changed = dataclasses.replace(case, **peer.changed)
+                key = tuple(peer.changed.items())
+                if key not in errors:
+                    errors[key] = op.expected(changed, first)
+                flops = op.flops(changed, first) if peer.changed else None
+                return Candidate(prepared, errors[key], peer.tolerance or op.tolerance, flops, op.in_place)
+            return make
+
+        candidates = {name: ours(prepare) for name, prepare in op.ours.items()}
+        candidates |= {peer.name: theirs(peer) for peer in peers if applies(peer, case)}
+        row["candidates"] = meter.measure(case.op, row["flops"] or row["bytes"], candidates, progress)
+    except Exception as failure:  # noqa: BLE001
+        row["candidates"] = {OURS: {"failed": first_line(failure)}}
+    return rated(row, limits)
+
+
+def absent(peers: Iterable[Peer]) -> dict[str, str]:
+    """name -> why, of the peers whose module cannot be imported."""
+    found = {}
+    for peer in peers:
+        if peer.module:
+            try:
+                importlib.import_module(peer.module)
+            except Exception as error:  # noqa: BLE001: a broken library is an absent one, and says why
+                found[peer.name] = first_line(error)
+    return found
