@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import MistralConfig, MixtralConfig
 
 from mixtral_model import Model, ModelError, read_config
 from mixtral_model.__main__ import main
+from mixtral_model.weights import Checkpoint
 from model_checkpoints import LAYOUTS, edit_json, tiny, write
 
 MIXTRAL_8X7B = dict(architectures=["MixtralForCausalLM"], model_type="mixtral", hidden_size=4096, intermediate_size=14336,
@@ -44,6 +46,8 @@ def test_every_layout_gives_the_same_weights(tmp_path, peer):
             assert layer.gate_up.equal(state[f"model.layers.{i}.mlp.experts.gate_up_proj"]), layout
             assert layer.down.equal(state[f"model.layers.{i}.mlp.experts.down_proj"]), layout
             assert layer.router.equal(state[f"model.layers.{i}.mlp.gate.weight"]), layout
+            if not layout.startswith("consolidated"):  # those turn other pairs
+                assert layer.wqkv.equal(torch.cat([state[f"model.layers.{i}.self_attn.{x}_proj.weight"] for x in "qkv"])), layout
 
 
 def test_both_layouts_in_one_directory(tmp_path, peer):
@@ -83,6 +87,33 @@ def test_progress_counts_every_tensor(tmp_path, peer):
     Model.load(write(tmp_path, peer), progress=lambda done, total: seen.append((done, total)))
     total = len(load_file(tmp_path / "model.safetensors"))
     assert seen == sorted(seen) and seen[-1] == (total, total)
+
+
+def test_files_are_read_one_after_the_other(tmp_path, peer, monkeypatch):
+    """Each from its start to its end, and given back before the next: nothing of a converted model stays mapped."""
+    write(tmp_path, peer, "sharded")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    expected = []
+    for shard in shards:
+        size, = struct.unpack("<Q", shard.read_bytes()[:8])
+        header = json.loads(shard.read_bytes()[8:8 + size])
+        expected += sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    names, mapped, tensor = [], [], Checkpoint.tensor
+
+    def record(self, name):
+        maps = Path("/proc/self/maps").read_text()
+        names.append(name)
+        mapped.append([i for i, shard in enumerate(shards) if str(shard) in maps])
+        return tensor(self, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", record)
+    model = Model.load(tmp_path, torch.bfloat16)
+    assert names == expected
+    of_shard = [i for i, shard in enumerate(shards) for name in load_file(shard)]
+    assert all(min(there) >= i for i, there in zip(of_shard, mapped))
+    assert not any(str(shard) in Path("/proc/self/maps").read_text() for shard in shards)
+    assert model.weights.layers[1].gate_up.equal(peer.state_dict()["model.layers.1.mlp.experts.gate_up_proj"].bfloat16())
 
 
 def test_configuration_of_either_format(tmp_path):
@@ -180,14 +211,15 @@ print(peak - before)
 
 @pytest.mark.parametrize("layout", ["per-expert", "stacked", "fused"])
 def test_anonymous_memory(tmp_path, layout):
-    """Fused experts are mapped, the others take their own size and one tensor more; all of it would be 118 MB."""
+    """Fused experts are mapped, q, k and v are copied, other experts take their own size and one tensor more; all of it would be 118 MB."""
     model = tiny(hidden_size=256, intermediate_size=1024, num_local_experts=8, num_hidden_layers=4, initializer_range=0.02)
     write(tmp_path, model, layout)
     experts = 4 * 8 * 3 * 256 * 1024 * 4
     largest = 8 * 1024 * 256 * 4 if layout == "stacked" else 1024 * 256 * 4
+    wqkv = 4 * (4 + 2 * 2) * 64 * 256 * 4
     result = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True, env=_environment())
     slack = 4 << 20  # the interpreter's own: handles, JSON, allocator
-    assert int(result.stdout) <= slack + (0 if layout == "fused" else experts + largest)
+    assert int(result.stdout) <= slack + wqkv + (0 if layout == "fused" else experts + largest)
     assert layout == "fused" or int(result.stdout) >= experts  # what is measured is what is meant
 
 
@@ -358,6 +390,19 @@ def test_a_gpu_takes_no_float32(tmp_path, peer, monkeypatch):
     for dtype in (None, torch.float32):
         with pytest.raises(ModelError, match="dtype: expected torch.bfloat16 or torch.float16 on cuda:1, got torch.float32"):
             Model.load(tmp_path, dtype, device=torch.device("cuda", 1))
+
+
+def test_a_gpus_memory_is_checked_before_anything_is_read(tmp_path, peer, monkeypatch):
+    needed = 2 * (read_config(write(tmp_path, peer)).parameters() + 1000 * 2 * 2 * 2 * 64)  # bf16; 1000 positions of 2 layers, k and v, 2 heads of 64
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, 24 * 10**9))
+    monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("read"))
+    with pytest.raises(ModelError, match="weights of 0.0 GB in torch.bfloat16 and a cache of 0.0 GB do not fit into the memory of cuda: "
+                                         "24.0 GB, 0.0 GB of it free"):
+        Model.load(tmp_path, torch.bfloat16, device="cuda", cache_positions=1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, 24 * 10**9))
+    with pytest.raises(pytest.fail.Exception, match="read"):
+        Model.load(tmp_path, torch.bfloat16, device="cuda", cache_positions=1000)
 
 
 def test_a_gpu_that_is_too_small(tmp_path, peer, monkeypatch):

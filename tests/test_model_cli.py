@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from mixtral_model import Completion, Model, Tokenizer, demo, generate
+from mixtral_model import Completion, Model, ModelError, Tokenizer, demo, generate
 from mixtral_model.__main__ import main
-from model_checkpoints import edit_json, mixtral_tokenizer, one_thread, tiny, write  # noqa: F401
+from model_checkpoints import WINDOW, edit_json, mixtral_tokenizer, one_thread, tiny, write  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,23 @@ def test_errors_have_a_message_and_no_traceback(checkpoint, arguments, message, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit, match=message):
         main(["generate", "--checkpoint", str(checkpoint), *arguments])
+
+
+def test_a_gpu_must_hold_weights_and_cache(checkpoint, monkeypatch):
+    asked = []
+
+    def check_memory(config, dtype, device, positions):
+        asked.append((dtype, str(device), positions))
+        raise ModelError("too small")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("mixtral_model.weights.check_memory", check_memory)
+    for count in (2, 100):
+        with pytest.raises(SystemExit, match="error: too small"):
+            main(["generate", "--checkpoint", str(checkpoint), "--prompt", "One", "--prompt", "One two", "--max-tokens", str(count), "--dtype", "bf16",
+                  "--device", "cuda"])
+    longest = len(Tokenizer(checkpoint).encode("One two"))
+    assert asked == [(torch.bfloat16, "cuda", 2 * min(longest + count, WINDOW)) for count in (2, 100)]
 
 
 @pytest.mark.parametrize("module", ["safetensors", "tqdm", "mistral_common.tokens.tokenizers.mistral", "tokenizers"])

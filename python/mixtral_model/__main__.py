@@ -1,4 +1,4 @@
-"""python -m mixtral_model generate|inspect|demo: see --help of each."""
+"""python -m mixtral_model generate|inspect|demo|perplexity|routing|bench: see --help of each."""
 import argparse
 import dataclasses
 import os
@@ -8,7 +8,9 @@ import torch
 
 from .config import ModelError, read_config
 from .generate import Speed, check_request, generate
-from .model import Model
+from .model import Cache, Model
+from .output import make_directory
+from .random_weights import MODELS, random_config
 from .tokenizer import TextStream, Tokenizer
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -17,7 +19,7 @@ DEVICE = dict(choices=("cpu", "cuda"), default="cpu", help="cuda: an NVIDIA GPU,
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="mixtral_model", description="Mistral and Mixtral on the ops of mixtral_ext")
-    commands = parser.add_subparsers(required=True, metavar="generate | inspect | demo")
+    commands = parser.add_subparsers(required=True, metavar="generate | inspect | demo | perplexity | routing | bench")
 
     command = commands.add_parser("generate", help="continue one or more prompts")
     command.set_defaults(run=_generate)
@@ -36,11 +38,46 @@ def main(argv: list[str] | None = None) -> None:
 
     command = commands.add_parser("inspect", help="configuration, parameters and cache bytes; needs no weights")
     command.set_defaults(run=_inspect)
-    command.add_argument("checkpoint", metavar="DIR")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("checkpoint", nargs="?", metavar="DIR")
+    what.add_argument("--random-weights", choices=MODELS, help="a published model instead")
 
     command = commands.add_parser("demo", help="a small seeded Mixtral on a long text, beside transformers")
     command.set_defaults(run=_demo)
     command.add_argument("--output", default="demo", metavar="DIR", help="for the checkpoint and the plot (default: demo)")
+    command.add_argument("--device", **DEVICE)
+
+    command = commands.add_parser("perplexity", help="perplexity against context length, with and without the window")
+    command.set_defaults(run=_perplexity)
+    _add_reading_arguments(command)
+    command.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 files; no context crosses them")
+    command.add_argument("--context", nargs="+", type=int, metavar="N",
+                         help="in tokens (default: powers of two from 256 to 8192, as far as texts and model allow)")
+    command.add_argument("--stride", type=int, metavar="N", help="tokens scored per context (default: half of the shortest)")
+    command.add_argument("--window", type=int, metavar="N", help="default: that of the checkpoint, if it has one")
+
+    command = commands.add_parser("routing", help="which tokens go to which experts, by layer and domain of text")
+    command.set_defaults(run=_routing)
+    _add_reading_arguments(command)
+    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="UTF-8 files, each a domain of its name")
+    command.add_argument("--domain", nargs="+", default=[], metavar="NAME=FILE", help="the same with a name; files of one name are one domain")
+    command.add_argument("--context", type=int, metavar="N", help="texts are read in segments of N tokens (default: 4096, or what the model allows)")
+    command.add_argument("--top", type=int, default=10, metavar="N", help="tokens listed per expert (default: 10)")
+
+    command = commands.add_parser("bench", help="speed and memory of a whole model, beside the machine's limits and transformers")
+    command.set_defaults(run=_bench)
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", metavar="DIR", help="transformers or Mistral layout, safetensors")
+    what.add_argument("--random-weights", choices=MODELS, help="a published model with random weights")
+    command.add_argument("--layers", type=int, help="of --random-weights only the first so many")
+    command.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences that are decoded together (default: 1 8)")
+    command.add_argument("--prompt-tokens", type=int, default=2048, help="of the one prompt that is read (default: 2048)")
+    command.add_argument("--context", type=int, help="tokens in the cache of a sequence when decoding begins (default: as the prompt)")
+    command.add_argument("--new-tokens", type=int, default=64, help="decoding steps that are timed (default: 64)")
+    command.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers on the same weights (default: yes)")
+    command.add_argument("--json", metavar="FILE", help="writes the results there")
+    command.add_argument("--quick", action="store_true", help="few repetitions: shows that it works, not how fast")
+    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     command.add_argument("--device", **DEVICE)
 
     arguments = parser.parse_args(argv)
@@ -59,12 +96,29 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _add_reading_arguments(command) -> None:
+    command.add_argument("--checkpoint", required=True, metavar="DIR", help="transformers or Mistral layout, safetensors")
+    command.add_argument("--output", metavar="DIR", help="for CSV files and plots (default: tables on the terminal alone)")
+    command.add_argument("--chunk-size", type=int, default=2048, metavar="N", help="tokens per pass (default: 2048)")
+    command.add_argument("--dtype", choices=DTYPES, help="default: that of the checkpoint")
+    command.add_argument("--device", **DEVICE)
+
+
 def _read_prompt(path):
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except UnicodeDecodeError as error:
         raise ModelError(f"{path}: expected UTF-8 text: {error}") from None
+
+
+def _load(arguments, cache_positions: int = 0) -> Model:
+    from tqdm import tqdm
+    with tqdm(desc=f"loading {arguments.checkpoint}", unit=" tensors", leave=False) as bar:
+        def on_tensor(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+        return Model.load(arguments.checkpoint, DTYPES.get(arguments.dtype), on_tensor, arguments.device, cache_positions)
 
 
 def _generate(arguments) -> None:
@@ -78,12 +132,8 @@ def _generate(arguments) -> None:
     settings = dict(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed, chunk_size=arguments.chunk_size)
     check_request(config, prompts, arguments.max_tokens, **settings)  # before the weights are read, which takes minutes
 
-    with tqdm(desc=f"loading {arguments.checkpoint}", unit=" tensors", leave=False) as bar:
-        def on_tensor(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-        model = Model.load(arguments.checkpoint, DTYPES.get(arguments.dtype), on_tensor, arguments.device)
-
+    positions = len(prompts) * Cache.positions(config, max(map(len, prompts)) + arguments.max_tokens)
+    model = _load(arguments, positions)
     stream = TextStream(tokenizer, prompts[0])
     bar = tqdm(desc="prefill", total=sum(map(len, prompts)), unit=" tokens", leave=False)
     speed = Speed(prompts)
@@ -112,7 +162,7 @@ def _generate(arguments) -> None:
 
 
 def _inspect(arguments) -> None:
-    config = read_config(arguments.checkpoint)
+    config = random_config(arguments.random_weights) if arguments.random_weights else read_config(arguments.checkpoint)
     for field in dataclasses.fields(config):
         print(f"{field.name:20} {getattr(config, field.name)}")
     print()
@@ -134,9 +184,45 @@ def _size(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
 
 
+def _perplexity(arguments) -> None:
+    from tqdm import tqdm
+
+    from . import perplexity
+    config = read_config(arguments.checkpoint)
+    tokenizer = Tokenizer(arguments.checkpoint, config.bos_id)
+    texts = [(path, tokenizer.encode(_read_prompt(path))) for path in arguments.text]
+    plan = perplexity.make_plan(config, texts, arguments.context, arguments.stride, arguments.window, arguments.chunk_size)
+    output = make_directory(arguments.output)
+    model = _load(arguments)
+    with tqdm(desc="perplexity", total=plan.tokens_read(), unit=" tokens", leave=False) as bar:
+        points = perplexity.measure(model, plan, bar.update)
+    perplexity.show(points, plan, output)
+
+
+def _routing(arguments) -> None:
+    from tqdm import tqdm
+
+    from . import routing
+    config = read_config(arguments.checkpoint)
+    tokenizer = Tokenizer(arguments.checkpoint, config.bos_id)
+    domains = {name: [tokenizer.encode(_read_prompt(path)) for path in paths]
+               for name, paths in routing.domain_files(arguments.text, arguments.domain).items()}
+    context = routing.check_request(config, domains, arguments.context, arguments.chunk_size, arguments.top)
+    output = make_directory(arguments.output)
+    model = _load(arguments)
+    with tqdm(desc="routing", total=sum(len(text) for texts in domains.values() for text in texts), unit=" tokens", leave=False) as bar:
+        recorded = {name: routing.record(model, texts, context, arguments.chunk_size, bar.update) for name, texts in domains.items()}
+    routing.show(recorded, config, tokenizer, arguments.top, output)
+
+
 def _demo(arguments) -> None:
     from .demo import demo
     demo(arguments.output, arguments.device)
+
+
+def _bench(arguments) -> None:
+    from .bench import bench
+    bench(arguments)
 
 
 if __name__ == "__main__":

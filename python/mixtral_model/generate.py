@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig, ModelError
-from .model import Cache, Model, check_ids
+from .decode import Decoder, token_logprobs
+from .model import Cache, Model, check_expert_load, check_ids, upload
 
 
 @dataclass
@@ -23,14 +24,14 @@ class Completion:
 def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
              seed: int = 0, chunk_size: int = 2048, eos_ids: Iterable[int] | int | None = None, logprobs: bool = False,
              prompt_logprobs: bool = False, on_token: Callable[[int, int], None] | None = None,
-             on_prefill: Callable[[int], None] | None = None, expert_load: Tensor | None = None) -> list[Completion]:
+             on_prefill: Callable[[int], None] | None = None, expert_load: Tensor | None = None, captures=None) -> list[Completion]:
     """Continues each prompt (token ids) by up to max_tokens tokens, or to the first of eos_ids (default: the model's).
 
     temperature 0 is greedy. Prompt i draws from its own generator, seeded with seed + i, so its tokens do not depend on
     the rest of the batch. At most chunk_size tokens of each prompt pass through the model at a time. Log-probabilities
     are the model's own, before temperature and top_p; with max_tokens 0 a prompt is only scored.
     on_token(i, token) is called for every new token of prompt i, on_prefill(n) whenever n more prompt tokens are done.
-    expert_load: see Model.forward."""
+    expert_load: see Model.forward; increased at the end. captures: see Decoder."""
     check_request(model.config, prompts, max_tokens, temperature, top_p, seed, chunk_size)
     if not prompts:
         return []
@@ -38,29 +39,43 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
     eos_ids = list(eos_ids) if isinstance(eos_ids, Iterable) else [eos_ids]
     if not all(isinstance(token, Integral) for token in eos_ids):
         raise ModelError(f"eos_ids: expected token ids or None, got {eos_ids!r}")
+    check_expert_load(model.config, expert_load)
+    load = None if expert_load is None else torch.zeros_like(expert_load, device=model.device)
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_tokens)
     results = [Completion() for _ in prompts]
-    generators = [torch.Generator().manual_seed(int(seed) + i) for i in range(len(prompts))]
+    hidden = prefill(model, cache, prompts, chunk_size, results if prompt_logprobs else None, on_prefill, load)
+    if max_tokens:
+        generators = [torch.Generator().manual_seed(int(seed) + i) for i in range(len(prompts))]
+        decoder = Decoder(model, cache, max_tokens - 1, temperature=temperature, top_p=top_p, generators=generators, eos_ids=eos_ids,
+                          logprobs=logprobs, expert_load=load, captures=captures)
+        _decode(decoder, hidden, max_tokens, results, eos_ids, on_token)
+    if load is not None:
+        expert_load += load.to(expert_load.device)
+    return results
 
-    hidden = _prefill(model, cache, prompts, chunk_size, results if prompt_logprobs else None, on_prefill, expert_load)
-    active = list(range(len(prompts))) if max_tokens else []
-    while active:
-        logits = model.logits(hidden)  # [len(active), V]
-        tokens = sample(logits, temperature, top_p, [generators[i] for i in active])
-        scores = token_logprobs(logits, tokens).tolist() if logprobs else None
-        for row, (i, token) in enumerate(zip(active, tokens.tolist())):
-            results[i].token_ids.append(token)
-            if logprobs:
-                results[i].logprobs.append(scores[row])
+
+def _decode(decoder: Decoder, hidden: Tensor, max_tokens: int, results: list[Completion], eos_ids: list[int], on_token) -> None:
+    sent = decoder.first(hidden)
+    for left in reversed(range(max_tokens)):
+        ahead = decoder.next() if left and decoder.overlaps else None  # under way while the last step's tokens are read
+        # those that have ended may still be in a static batch
+        read = [(i, token, logprob) for i, token, logprob in sent.read() if results[i].finish_reason != "eos"]
+        if any(token < 0 for _, token, _ in read):
+            raise ModelError("sampling: expected finite logits, got NaN or infinity (are the weights sound?)")
+        for i, token, logprob in read:
+            result = results[i]
+            result.token_ids.append(token)
+            if decoder.with_logprobs:
+                result.logprobs.append(logprob)
             if token in eos_ids:
-                results[i].finish_reason = "eos"
+                result.finish_reason = "eos"
             if on_token:
                 on_token(i, token)
-        # finished sequences leave the batch
-        active = [i for i in active if results[i].finish_reason == "length" and len(results[i].token_ids) < max_tokens]
-        if active:
-            hidden = model.forward([results[i].token_ids[-1:] for i in active], cache, active, expert_load)
-    return results
+        active = [i for i, result in enumerate(results) if result.finish_reason != "eos"]
+        if not active:
+            break
+        if left:
+            sent = ahead or decoder.next(active)
 
 
 def check_request(config: ModelConfig, prompts: list[list[int]], max_tokens: int, temperature: float, top_p: float, seed: int,
@@ -84,9 +99,12 @@ def check_request(config: ModelConfig, prompts: list[list[int]], max_tokens: int
                              f"got {len(prompt)} tokens and {max_tokens} to come")
 
 
-def _prefill(model: Model, cache: Cache, prompts, chunk_size, score_into, on_prefill, expert_load) -> Tensor:
-    """Runs all prompts into the cache -> hidden states of their last tokens [B, H]."""
-    last = [None] * len(prompts)
+@torch.inference_mode()
+def prefill(model: Model, cache: Cache, prompts: list[list[int]], chunk_size: int, score_into: list[Completion] | None = None,
+            on_prefill: Callable[[int], None] | None = None, expert_load: Tensor | None = None) -> Tensor:
+    """Runs all prompts into the cache -> hidden states of their last tokens [B, H]. Waits for the device only to tell on_prefill, and for
+    scores at the end."""
+    last, scores = [None] * len(prompts), [[] for _ in prompts]
     for start in range(0, max(map(len, prompts)), chunk_size):
         slots = [i for i, prompt in enumerate(prompts) if start < len(prompt)]
         chunks = [prompts[i][start:start + chunk_size] for i in slots]
@@ -95,42 +113,16 @@ def _prefill(model: Model, cache: Cache, prompts, chunk_size, score_into, on_pre
             if start + len(rows) == len(prompts[i]):
                 last[i] = rows[-1]
             if score_into:
-                next_tokens = torch.tensor(prompts[i][start + 1:start + len(rows) + 1], device=model.device)
+                next_tokens = upload(prompts[i][start + 1:start + len(rows) + 1], torch.int64, model.device)
                 for r, t in zip(rows.split(256), next_tokens.split(256)):  # 256 rows of logits at a time bound the memory
-                    score_into[i].prompt_logprobs += token_logprobs(model.logits(r[:len(t)]), t).tolist()
+                    scores[i].append(token_logprobs(model.logits(r[:len(t)]), t))
         if on_prefill:
             if hidden.is_cuda:
                 torch.cuda.synchronize(hidden.device)  # done, not only queued
             on_prefill(len(hidden))
+    for result, parts in zip(score_into or [], scores):
+        result.prompt_logprobs = torch.cat(parts).tolist() if parts else []
     return torch.stack(last)
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Natural log-probability f32 [N] of tokens [N] under logits [N, V]."""
-    logits = logits.float()
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
-    """One token for each row of logits [N, V]. top_p keeps the smallest set of likeliest tokens that reaches it."""
-    largest, tokens = logits.max(1)
-    if not largest.isfinite().all():  # a NaN anywhere is the largest
-        raise ModelError("sampling: expected finite logits, got NaN or infinity (are the weights sound?)")
-    if temperature == 0:
-        return tokens
-    # The largest becomes 0 before the division, and CUDA would multiply by the reciprocal of a number: no temperature overflows.
-    probabilities = ((logits.double() - largest[:, None]) / torch.full_like(largest[:, None], temperature, dtype=torch.float64)).softmax(1)
-    order = None
-    if top_p < 1:
-        probabilities, order = probabilities.sort(dim=1, descending=True, stable=True)
-    cumulative = probabilities.cumsum(1)
-    total = cumulative[:, -1:]
-    if order is not None:
-        kept = (cumulative - probabilities < top_p).sum(1, keepdim=True)
-        total = cumulative.gather(1, kept - 1)
-    draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    picked = torch.searchsorted(cumulative, draws.to(total.device) * total, right=True)  # inverse of the distribution function
-    return (picked if order is None else order.gather(1, picked))[:, 0]
 
 
 class Speed:

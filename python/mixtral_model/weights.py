@@ -1,9 +1,11 @@
 """Reads a checkpoint directory of safetensors into the tensors the model uses.
 
 Experts are held as the ops want them: gate_up [E, 2I, H] (rows [gate; up]) and down [E, H, I]; a dense MLP is one expert.
-A tensor that lies so in the file is memory-mapped, never copied. The other layouts are copied piece by piece from the
-mapped file into the fused buffer, so loading never needs more memory than the weights. On a GPU it needs the weights and
-one tensor more there, and one tensor in this machine's memory.
+A tensor that lies so in the file is memory-mapped, never copied. What is fused here (q, k and v into wqkv, 2 % of Mixtral
+8x7B and 11 % of Mistral 7B, and experts in other layouts) is copied piece by piece from the mapped file, so loading never
+needs more memory than the weights. Files are read one after the other, each once and from its start to its end. On a GPU
+loading needs the weights and one tensor more there, and here one tensor and the mapped pages of one file, which the system
+may drop.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +20,7 @@ from .config import ModelConfig, ModelError, read_json
 @dataclass
 class Layer:
     attn_norm: Tensor      # [H]
-    wq: Tensor             # [Hq*D, H]
-    wk: Tensor             # [Hk*D, H]
-    wv: Tensor             # [Hk*D, H]
+    wqkv: Tensor           # [(Hq + 2 Hk) * D, H], rows [q; k; v]: one product instead of three
     wo: Tensor             # [H, Hq*D]
     mlp_norm: Tensor       # [H]
     gate_up: Tensor        # [E, 2I, H]
@@ -48,10 +48,11 @@ class Piece:
 class Target:
     shape: tuple[int, ...]
     pieces: list[Piece]
+    tensor: Tensor | None = None  # made when its first piece is read
 
 
 class Checkpoint:
-    """The tensors of a directory, by name, mapped into memory."""
+    """The tensors of a directory, by name and in the order of the files, mapped into memory."""
 
     def __init__(self, directory: Path, stem: str):
         from safetensors import SafetensorError, safe_open  # an extra, which only loading needs
@@ -77,7 +78,7 @@ class Checkpoint:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path}: corrupt or truncated: {error}") from None
-            for name in file.keys():
+            for name in file.offset_keys():
                 if name in self.files:
                     raise ModelError(f"{path}: {name} is also in another file (model-parallel shards are not supported)")
                 self.files[name] = file
@@ -90,6 +91,10 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         tensor = self.files[name].get_tensor(name)
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+    def forget(self, name: str) -> None:
+        """A file is unmapped once all of its tensors are forgotten and none is in use."""
+        del self.files[name]
 
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -124,8 +129,10 @@ def _plan(config: ModelConfig, checkpoint: Checkpoint) -> tuple[dict[str, Target
         if not any(name.startswith(prefix) for name in present):
             raise ModelError(f"{checkpoint.directory}: incomplete checkpoint: expected {config.num_layers} layers, got no {prefix}*")
         q, kv = config.num_heads * d, config.num_kv_heads * d
-        shapes = {"attn_norm": (h,), "wq": (q, h), "wk": (kv, h), "wv": (kv, h), "wo": (h, q), "mlp_norm": (h,)}
-        layer = {key: whole(prefix + names[key], *shape) for key, shape in shapes.items()}
+        layer = {key: whole(prefix + names[key], *shape) for key, shape in {"attn_norm": (h,), "wo": (h, q), "mlp_norm": (h,)}.items()}
+        layer["wqkv"] = Target((q + 2 * kv, h), [Piece(prefix + names["wq"], (q, h), lambda t: t[:q]),
+                                                 Piece(prefix + names["wk"], (kv, h), lambda t: t[q:q + kv]),
+                                                 Piece(prefix + names["wv"], (kv, h), lambda t: t[q + kv:])])
         layers.append(layer | (_experts(config, prefix, present) if config.num_experts else _dense(config, prefix, names)))
     return top, layers
 
@@ -191,42 +198,73 @@ def find_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype | None = None,
-                 progress: Callable[[int, int], None] | None = None, device: str | torch.device = "cpu") -> Weights:
-    """Weights in `dtype` (f32, bf16 or f16, on CUDA one of the last two; default: that of the embedding in the file) on
-    `device`. progress(done, total) counts tensors.
+class TooLarge(ModelError):
+    """Weights and cache do not fit into the memory there is."""
 
-    Every name, shape and dtype is checked before the first weight is read; ModelError says what is wrong."""
-    if dtype not in (None, *_DTYPES.values()):
+
+def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache_positions: int = 0) -> None:
+    """TooLarge unless all weights and a cache of so many positions, of all sequences together, fit into the device's free memory."""
+    if device.type == "cuda":
+        free, there = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, for reuse
+    else:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        there, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    weights, cache = config.parameters() * dtype.itemsize, config.cache_bytes(cache_positions, dtype.itemsize)
+    if weights + cache > free:
+        raise TooLarge(f"weights of {weights / 1e9:.1f} GB in {dtype} and a cache of {cache / 1e9:.1f} GB do not fit into the memory of "
+                       f"{device}: {there / 1e9:.1f} GB, {free / 1e9:.1f} GB of it free")
+
+
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype not in _DTYPES.values():
         raise ModelError(f"dtype: expected {', '.join(map(str, _DTYPES.values()))} or None, got {dtype!r}")
-    device = find_device(device)
-    checkpoint = Checkpoint(Path(directory), "consolidated" if config.consolidated else "model")
-    top, layers = _plan(config, checkpoint)
-    pieces = [piece for group in (top, *layers) for target in group.values() for piece in target.pieces]
-    _check(config, checkpoint, pieces)
-    dtype = dtype or _DTYPES[checkpoint.header(top["embed"].pieces[0].name)[1]]
     if device.type == "cuda" and dtype == torch.float32:
         raise ModelError(f"dtype: expected torch.bfloat16 or torch.float16 on {device}, got {dtype}")
+
+
+def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype | None = None,
+                 progress: Callable[[int, int], None] | None = None, device: str | torch.device = "cpu",
+                 cache_positions: int = 0) -> Weights:
+    """Weights in `dtype` (f32, bf16 or f16, on CUDA one of the last two; default: that of the embedding in the file) on
+    `device`. progress(done, total) counts tensors. cache_positions: for which a GPU must have memory too.
+
+    Every name, shape and dtype is checked before the first weight is read, and a GPU's memory; ModelError says what is wrong."""
+    device = find_device(device)
+    if dtype is not None:
+        check_dtype(dtype, device)
+    checkpoint = Checkpoint(Path(directory), "consolidated" if config.consolidated else "model")
+    top, layers = _plan(config, checkpoint)
+    targets = [target for group in (top, *layers) for target in group.values()]
+    _check(config, checkpoint, [piece for target in targets for piece in target.pieces])
+    dtype = dtype or _DTYPES[checkpoint.header(top["embed"].pieces[0].name)[1]]
+    check_dtype(dtype, device)
+    if device.type == "cuda":  # on the CPU most weights stay in the files
+        check_memory(config, dtype, device, cache_positions)
+
+    wanted = {piece.name: (target, piece) for target in targets for piece in target.pieces}
     done = 0
-
-    def read(target: Target) -> Tensor:
-        nonlocal done
-        if target.pieces[0].part is None:
-            tensor = checkpoint.tensor(target.pieces[0].name).view(target.shape).to(device, dtype)
-        else:
-            tensor = torch.empty(target.shape, dtype=dtype, device=device)
-            for piece in target.pieces:
-                part = piece.part(tensor)
-                part.copy_(checkpoint.tensor(piece.name).view(part.shape))
-        done += len(target.pieces)
-        if progress:
-            progress(done, len(pieces))
-        return tensor
-
     try:
-        loaded = {key: read(target) for key, target in top.items()}
-        loaded.setdefault("head", loaded["embed"])
-        return Weights(**loaded, layers=[Layer(**{key: read(target) for key, target in layer.items()}) for layer in layers])
+        for name in list(checkpoint.files):
+            if name in wanted:
+                _read(checkpoint.tensor(name), *wanted[name], dtype, device)
+                done += 1
+                if progress:
+                    progress(done, len(wanted))
+            checkpoint.forget(name)
     except torch.OutOfMemoryError:  # of a GPU
         size = config.parameters() * dtype.itemsize
         raise ModelError(f"weights: {size / 1e9:.1f} GB in {dtype} do not fit into the memory of {device}") from None
+    loaded = {key: target.tensor for key, target in top.items()}
+    loaded.setdefault("head", loaded["embed"])
+    return Weights(**loaded, layers=[Layer(**{key: target.tensor for key, target in layer.items()}) for layer in layers])
+
+
+def _read(source: Tensor, target: Target, piece: Piece, dtype: torch.dtype, device: torch.device) -> None:
+    if piece.part is None:
+        target.tensor = source.view(target.shape).to(device, dtype)
+        return
+    if target.tensor is None:
+        target.tensor = torch.empty(target.shape, dtype=dtype, device=device)
+    part = piece.part(target.tensor)
+    part.copy_(source.view(part.shape))
