@@ -1,6 +1,6 @@
 # make demo   build and run the main job: a small Mixtral on our kernels beside transformers
 # make test   build and run all tests
-# make bench  build and print the speed table of this machine
+# make bench  build and measure all ops on this machine (an hour on two cores): build/bench.json
 # make gpu-check   tests, sanitizers, benchmarks and models that need an NVIDIA GPU, with the current python (no environment is made, nothing is
 #                  installed); PARTS="tests graph sanitizer moe attention model silicon", each at most 9 minutes; OUT=folder for logs and results;
 #                  CASES='T=(1|4096)$$' for fewer rows of moe and attention; MODELS="mistral-7b"; LIMIT=seconds for everything
@@ -21,7 +21,7 @@ test: build
 	$(BIN)/python -m pytest
 
 bench: build
-	$(BIN)/python -m mixtral_bench run
+	$(BIN)/python -m mixtral_bench run --json build/bench.json
 
 # Incremental: CMake rebuilds what changed in build/ and installs it into mixtral_ext/lib.
 build: .venv/requirements.installed

@@ -12,7 +12,7 @@ import torch
 
 import mixtral_ext
 from mixtral_bench import __main__ as bench
-from mixtral_bench import attention_ops, files, machine, moe_ops, rows, timing
+from mixtral_bench import attention_ops, cases, files, machine, moe_ops, rows, timing
 from mixtral_bench.cases import CASES, SHAPES
 from mixtral_bench.peer import Peer, Unsupported
 
@@ -76,6 +76,16 @@ def test_routings(routing, counts):
     assert ids.flatten().bincount(minlength=8).tolist() == counts and all(len(set(token)) == 2 for token in ids.tolist())
 
 
+def test_no_part_of_large_inputs_repeats_where_a_mistake_could_hide():
+    """Another expert, gate for up, another sequence or head must give other numbers."""
+    make = cases.Maker(torch.bfloat16, "cpu", 0)
+    weights = make.normal(3, 4096, 4096)  # as many elements as a repeated block would hide
+    assert weights.numel() > 2 * cases.BLOCK and not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    for case in rows.chosen():
+        for name in ("hidden", "intermediate", "inner", "outer", "heads", "key_heads", "head_dim"):
+            assert math.gcd(getattr(case, name, 1), cases.BLOCK) == 1, case
+
+
 def test_quick_cases_are_small():
     small = [case for case in map(rows.quick, rows.chosen()) if case]
     assert {case.op for case in small} == set(CASES)
@@ -117,7 +127,7 @@ def test_counts():
         ours = found["candidates"][files.OURS]
         assert 0 <= ours["error"] <= rows.OPS[op].tolerance and ours["us"] > 0, op
         limit = max(found["bytes"] / 0.02e12, found["flops"] / 2e12) * 1e6
-        assert found["limit_us"] == pytest.approx(limit) and ours["share"] == pytest.approx(limit / ours["us"])
+        assert found["limit_us"] == pytest.approx(limit) and ours.get("share") == (None if found.get("cached") else pytest.approx(limit / ours["us"]))
         assert ours["tb_s"] == pytest.approx(found["bytes"] / ours["us"] / 1e6) and ours["tflop_s"] == pytest.approx(found["flops"] / ours["us"] / 1e6)
 
 
@@ -246,6 +256,22 @@ def test_slow_candidates_run_once_and_then_not_at_all(monkeypatch):
     assert "us" in one.measure("other", 8.0, candidates)["peer"]
 
 
+def test_a_first_call_that_compiles_is_not_the_measurement_on_a_gpu(monkeypatch):
+    clock, calls = [0.0], []
+
+    def call():
+        calls.append(1)
+        clock[0] += 10.0 if len(calls) == 1 else 0.1
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    one = timing.Meter(True, ONE_RUN)
+    for in_place in (False, True):
+        calls.clear()
+        seconds, error = one._checked(timing.Candidate([call], lambda result: 0.001, 0.1, in_place=in_place))
+        assert seconds == pytest.approx(0.1) and error == 0.001
+
+
 def test_what_fails_is_recorded_and_the_others_go_on():
     def raises():
         warnings.warn("Flash attention requires a GPU (Triggered internally at sdp_utils.cpp:1.)", stacklevel=1)
@@ -347,7 +373,39 @@ def test_a_peer_that_computes_something_else_is_checked_against_that():
 @pytest.mark.parametrize("error", (0.001, 0.1))
 def test_a_yardstick_brings_its_own_check(error):
     found = row(tiny("grouped_gemm"), [Peer("dense", lambda case, inputs: (lambda: None, lambda result: error), yardstick=True)])
-    assert ("us" in found["candidates"]["dense"]) == (error < moe_ops.TOLERANCE)
+    dense = found["candidates"]["dense"]
+    assert ("us" in dense) == (error < moe_ops.TOLERANCE) and "share" not in dense and "tb_s" not in dense
+    assert files.peer_ratios(found) == {}  # it does other work than ours
+
+
+def test_peers_are_right_whatever_ours_leaves_in_the_cache(monkeypatch):
+    monkeypatch.setattr(mixtral_ext, "rolling_attention", lambda **_: 1 / 0)
+    peers = [peer for peer in rows.peers_of("rolling_attention", "cpu", None) if peer.name.startswith("SDPA")]
+    found = row(tiny("rolling_attention"), peers)["candidates"]
+    assert "failed" in found[files.OURS] and peers and all("us" in found[peer.name] for peer in peers)
+
+
+def test_peers_may_choose_any_of_equal_logits():
+    case = tiny("moe_gate", tokens=500)
+    inputs = case.inputs(torch.bfloat16)
+    logits = inputs["router_logits"]
+    assert any((row.sort(descending=True).values[1:3].diff() == 0).any() for row in logits)  # there are ties at the edge
+    error = rows.OPS["moe_gate"].expected(case, inputs)
+    weights, ids, *maps = mixtral_ext.moe_gate(**inputs)
+    assert error((weights, ids, *maps)) < 1e-6
+    flipped = logits.flip(1).float().topk(2, dim=1)
+    theirs = (7 - flipped.indices).int()
+    assert not torch.equal(theirs, ids) and error((flipped.values.softmax(1), theirs)) < 1e-6
+    for bad in ((weights, ids.roll(1, 0), *maps), (weights, ids[:, :1].expand(-1, 2), *maps), (weights * 1.01, ids, *maps),
+                (weights, ids, maps[0], maps[1].roll(1), maps[2])):
+        assert not error(bad) < 1e-6
+
+
+def test_inputs_that_stay_in_a_cache_have_no_share():
+    case = tiny("moe_sort")
+    for rotated, cached in ((40 * 64, False), (40 * 64 + 1, True)):
+        found = rows.make_row(case, "bf16", CPU, meter(), LIMITS, (), rotated)
+        assert found.get("cached", False) == cached and ("share" in found["candidates"][files.OURS]) != cached
 
 
 def test_peers_on_tiny_shapes():
@@ -412,6 +470,8 @@ def test_results_are_named_by_date_and_device(small, tmp_path, monkeypatch):
     (file,) = tmp_path.iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-[\w-]+\.json", file.name)
     assert list(files.load(file)["rows"][0]["candidates"]) == [files.OURS, files.SORTING]  # --peers without a name: none
+    bench.main(["run", "--device", "cpu", "--peers", "--json"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file.name, file.stem + "-2.json"])  # nothing is written over
 
 
 def test_ours_that_fails_ends_with_an_error(small, monkeypatch):
@@ -423,6 +483,7 @@ def test_ours_that_fails_ends_with_an_error(small, monkeypatch):
 @pytest.mark.parametrize("arguments, text", [
     (["run", "--device", "cpu", "--cases", "no such"], "error: no case is left"),
     (["run", "--device", "cpu", "--op", "moe_gate", "--peers", "Liger"], "error: peers: unknown for these ops on cpu: Liger"),
+    (["run", "--device", "cpu", "--cases", "("], "2"),
     (["report", "no/such.json"], "error: no/such.json: no such file"), (["compare", "a.json", "b.json"], "error: a.json: no such file")])
 def test_errors(arguments, text):
     with pytest.raises(SystemExit, match=re.escape(text)):
@@ -443,10 +504,34 @@ def test_list(capsys, device):
     assert re.search(r"mixtral-8x7b T=4096 +tokens=4096, hidden=4096, intermediate=14336", text) and "mixtral-8x22b" not in text and "moe_gate\n" not in text
 
 
-def test_a_missing_extra_is_named(monkeypatch):
+def test_it_measures_without_tqdm(small, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)  # an import of it fails
-    with pytest.raises(SystemExit, match=r"^error: tqdm is not installed: pip install 'mixtral_ext\[bench\]'$"):
-        bench.main(["run", "--quick", "--device", "cpu", "--op", "moe_sort"])
+    bench.main(["run", "--device", "cpu"])
+    assert "Expert layer" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"^error: matplotlib is not installed: pip install 'mixtral_ext\[bench\]'$"):
+        bench.main(["report"])
+
+
+def test_limits_are_the_best_of_the_run():
+    dense = {"us": 1.0, "yardstick": True}
+    made = {"dtype": "bf16", "bytes": 1e3, "flops": 4e6, "candidates": {files.OURS: {"us": 4.0}, "dense": dense}}
+    results = {"limits": {"copy_tb_s": 1.0, "read_tb_s": 2.0, "bf16_tflop_s": 3.0}, "rows": [timing.rated(made, {})]}
+    bench._raise_limits(results, {"copy_tb_s": 1.5, "read_tb_s": 1.0, "bf16_tflop_s": 2.0}, "bf16")
+    assert results["limits"] == {"copy_tb_s": 1.5, "read_tb_s": 2.0, "bf16_tflop_s": pytest.approx(4.0)}
+    assert results["rows"][0]["candidates"][files.OURS]["share"] == pytest.approx(0.25)
+
+
+def test_results_are_saved_at_once(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    bench._save(file, {"rows": [1]})
+    monkeypatch.setattr(bench.json, "dumps", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench._save(file, {"rows": [1, 2]})
+    assert json.loads(file.read_text()) == {"rows": [1]}
 
 
 def test_machine():

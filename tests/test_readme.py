@@ -61,6 +61,17 @@ def test_linked_file_exists(link):
     assert (ROOT / link).exists()
 
 
+def test_what_gpu_check_takes():
+    from mixtral_bench import gpu_check
+
+    quoted = re.search(r"`make gpu-check`.*?\n\n", README, re.S).group()
+    makefile = (ROOT / "Makefile").read_text()
+    for name in re.findall(r"`([A-Z]+)=", quoted):
+        assert re.search(rf"^{name} =", makefile, re.M), name
+    (parts,) = re.findall(r'PARTS="([^"]*)"', quoted)
+    assert parts.split() == list(gpu_check.PARTS) and f'PARTS="{parts}"' in makefile
+
+
 @pytest.mark.parametrize("target", re.findall(r"^make ([a-z-]+)", README, re.M))
 def test_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_PROC_BIND", "true")
 
 import argparse
+import itertools
 import json
 import re
 import shlex
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.set_defaults(action=action)
         command.add_argument("--op", nargs="+", choices=list(CASES), default=[], help="default: all")
         command.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=[], help="default: all")
-        command.add_argument("--cases", type=re.compile, metavar="REGEX", help="only cases whose name it finds, such as 'T=(1|4096)$'")
+        command.add_argument("--cases", type=_expression, metavar="REGEX", help="only cases whose name it finds, such as 'T=(1|4096)$'")
         command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--peers", nargs="*", metavar="NAME", help="only these, none at all without a name; default: all that are installed")
     command.add_argument("--dtype", choices=("bf16", "f16", "f32"), default="bf16")
@@ -57,6 +58,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
+def _expression(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
+
+
 def list_cases(options: argparse.Namespace, _: str) -> None:
     from mixtral_bench import rows
 
@@ -76,11 +84,10 @@ def _short(value) -> str:
     return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(options: argparse.Namespace, command: str) -> None:
-    from tqdm import tqdm
-
     from mixtral_bench import rows
+    from mixtral_bench.progress import progress_bar
 
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -98,27 +105,26 @@ def run(options: argparse.Namespace, command: str) -> None:
     missing = rows.absent(every)
     results = {"kind": "ops", "machine": machine.describe(device), "command": command, "quick": options.quick,
                "state": {"before": machine.state(device)}, "peers": rows.versions(every), "rows": []}
-    with tqdm(total=len(cases), unit="row", dynamic_ncols=True) as bar:
-        bar.set_description("memory bandwidth and matrix rate")
-        results["limits"] = machine.limits(device, options.quick)
-        finish, meter = machine.watch(device), timing.Meter(device.type == "cuda", effort, options.limit, never_left_out=(rows.OURS,))
-        path = None if options.json is None else _path(options.json, results)
-        for case in cases:
-            present = [peer for peer in peers[case.op] if peer.name not in missing]
-            row = rows.make_row(case, options.dtype, device, meter, results["limits"], present,
-                                2**20 if options.quick else rows.ROTATED[device.type],
-                                lambda text, case=case: bar.set_description(f"{case.op} {case.name}: {text}"))
-            row["candidates"] |= {peer.name: {"absent": missing[peer.name]} for peer in peers[case.op]
-                                  if peer.name in missing and rows.applies(peer, case)}
-            results["rows"].append(row)
-            bar.update()
-            bar.write(_line(row), file=sys.stderr)
-            if path:
-                _save(path, results)
+    path = None if options.json is None else _path(options.json, results)
+    bar = progress_bar(total=len(cases), unit="row")
+    bar.set_description("memory bandwidth and matrix rate")
+    results["limits"] = machine.limits(device, options.quick)
+    finish, meter = machine.watch(device), timing.Meter(device.type == "cuda", effort, options.limit, never_left_out=(rows.OURS,))
+    for case in cases:
+        present = [peer for peer in peers[case.op] if peer.name not in missing]
+        row = rows.make_row(case, options.dtype, device, meter, results["limits"], present,
+                            2**20 if options.quick else rows.ROTATED[device.type],
+                            lambda text, case=case: bar.set_description(f"{case.op} {case.name}: {text}"))
+        row["candidates"] |= {peer.name: {"absent": missing[peer.name]} for peer in peers[case.op]
+                              if peer.name in missing and rows.applies(peer, case)}
+        results["rows"].append(row)
+        print(_line(row), file=sys.stderr, flush=True)
+        bar.update()
+        if path:
+            _save(path, results)
+    bar.close()
     results["state"] |= {"during": finish(), "after": machine.state(device)}
-    after = machine.limits(device, options.quick)  # the better of both: a limit is what the machine can do
-    results["limits"] = {name: max(rate, after[name]) for name, rate in results["limits"].items()}
-    results["rows"] = [timing.rated(row, results["limits"]) for row in results["rows"]]
+    _raise_limits(results, machine.limits(device, options.quick), options.dtype)
     if path:
         _save(path, results)
     print(report.table(results))
@@ -129,6 +135,14 @@ def run(options: argparse.Namespace, command: str) -> None:
         sys.exit(f"failed: {'; '.join(broken)}")
 
 
+def _raise_limits(results: dict, after: dict, dtype: str) -> None:
+    """A limit is what the machine can do: the best of before, after and, of the matrix product, the dense ones between."""
+    limits = {name: max(rate, after[name]) for name, rate in results["limits"].items()}
+    dense = [c["tflop_s"] for row in results["rows"] for c in row["candidates"].values() if c.get("yardstick") and "us" in c]
+    limits[f"{dtype}_tflop_s"] = max([limits.get(f"{dtype}_tflop_s", 0.0), *dense])
+    results |= {"limits": limits, "rows": [timing.rated(row, limits) for row in results["rows"]]}
+
+
 def _line(row: dict) -> str:
     """One row, while it goes on."""
     shown = [f"{name} {report.time(found['us'])}" if "us" in found else f"{name}: failed: {found['failed']}"
@@ -137,15 +151,20 @@ def _line(row: dict) -> str:
 
 
 def _path(given: Path, results: dict) -> Path:
-    if given == RESULTS:
-        name = re.sub(r"\W+", "-", results["machine"]["name"].lower().replace("(r)", "")).strip("-")
-        return RESULTS / f"{results['machine']['date'][:10]}-{name}.json"
-    return given
+    """FILE, or one of results/ that is not there yet."""
+    if given != RESULTS:
+        return given
+    stem = f"{results['machine']['date'][:10]}-" + re.sub(r"\W+", "-", results["machine"]["name"].lower().replace("(r)", "")).strip("-")
+    names = itertools.chain([f"{stem}.json"], (f"{stem}-{n}.json" for n in itertools.count(2)))
+    return next(path for name in names if not (path := RESULTS / name).exists())
 
 
 def _save(path: Path, results: dict) -> None:
+    """At once, so that a run that is stopped leaves what it had."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(path)
 
 
 def write_report(options: argparse.Namespace, _: str) -> None:

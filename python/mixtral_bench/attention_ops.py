@@ -91,33 +91,36 @@ def seen_keys(case) -> int:
     return sum(before) + sum(case.chunks)
 
 
-def _rolling_expected(case, inputs):
-    """Some queries of some sequences, and what the ring holds of them afterwards."""
-    device, theta = inputs["q"].device, case.rope_theta
+def _turned_chunks(case, inputs):
+    """Of some sequences: number, first row, positions i64 [n], and the chunk's q, k and v in f32, rotated and rounded as the op does."""
     starts = [0, *itertools.accumulate(case.chunks)]
-    checks = []
     for b in torch.linspace(0, len(case.chunks) - 1, min(len(case.chunks), 8)).round().long().tolist():
-        n, length, part = case.chunks[b], case.lengths[b], slice(starts[b], starts[b + 1])
-        positions = torch.arange(length, length + n, device=device)
-        q, k, v = (inputs[name][part].float() for name in "qkv")
-        if theta is not None:
-            q, k = reference.apply_rope(q, k, positions, theta, case.rope_interleaved)
-            q, k = q.to(inputs["q"].dtype).float(), k.to(inputs["k"].dtype).float()
+        positions = torch.arange(case.lengths[b], case.lengths[b] + case.chunks[b], device=inputs["q"].device)
+        q, k, v = (inputs[name][starts[b]:starts[b + 1]].float() for name in "qkv")
+        if case.rope_theta is not None:
+            turned = reference.apply_rope(q, k, positions, case.rope_theta, case.rope_interleaved)
+            q, k = (t.to(inputs["q"].dtype).float() for t in turned)
+        yield b, starts[b], positions, q, k, v
+
+
+def _rolling_expected(case, inputs):
+    """Some queries of some sequences."""
+    checks = []
+    for b, start, positions, q, k, v in _turned_chunks(case, inputs):
+        n, length, device = len(positions), case.lengths[b], positions.device
         ring = torch.arange(0 if case.window is None else max(0, length - case.window + 1), length, device=device) % case.capacity
         keys, values = (torch.cat([inputs[name][b, ring].float(), new]) for name, new in (("k_cache", k), ("v_cache", v)))
         rows = torch.tensor(sorted({0, n // 2, n - 1}), device=device)
         out = attend_rows(q[rows], keys, values, len(ring) + rows, torch.zeros_like(rows), case.window)[0]
-        kept = min(n, case.capacity)
-        checks.append((b, starts[b] + rows, out, positions[n - kept:] % case.capacity, k[n - kept:], v[n - kept:]))
+        checks.append((start + rows, out))
+    return lambda result: worst([error for rows, out in checks for error in row_errors(result[rows], out).tolist()])
 
-    def error(result):
-        errors = []
-        for b, rows, out, slots, k, v in checks:
-            errors += [relative_error(inputs[name][b, slots], new) for name, new in (("k_cache", k), ("v_cache", v))]
-            errors += row_errors(result[rows], out).tolist()
-        return worst(errors)
 
-    return error
+def _rolling_stored(case, inputs):
+    """The last tokens of these chunks, in the ring."""
+    kept = [(b, positions[-case.capacity:] % case.capacity, {"k_cache": k[-case.capacity:], "v_cache": v[-case.capacity:]})
+            for b, _, positions, _, k, v in _turned_chunks(case, inputs)]
+    return lambda: worst([relative_error(inputs[name][b, slots], new) for b, slots, news in kept for name, new in news.items()])
 
 
 def _rolling_flops(case, inputs):
@@ -152,7 +155,7 @@ OPS = {
                                    lambda case, inputs: nbytes(inputs["q"], inputs["k"], inputs["v"], inputs["q"]), TOLERANCE),
     "rolling_attention": Op({OURS: _rolling}, _rolling_expected, _rolling_flops, _rolling_bytes, TOLERANCE,
                             lambda case, element: 2 * element * len(case.chunks) * case.capacity * case.key_heads * case.head_dim,
-                            in_place=True),
+                            in_place=True, stored=_rolling_stored),
     "apply_rope": Op({OURS: _rope}, _rope_expected, lambda case, inputs: 3 * (inputs["q"].numel() + inputs["k"].numel()),
                      lambda case, inputs: 2 * nbytes(inputs["q"], inputs["k"]), TOLERANCE, in_place=True),
 }

@@ -192,32 +192,42 @@ def cudnn_handle():
     return cudnn.create_handle()
 
 
-def cudnn_frontend(case, inputs):
-    """cuDNN's own graph, which has a window (its left bound counts the query's own key)."""
+@functools.lru_cache(1)
+def cudnn_graph(case, dtype, strides):
+    """The graph of a case, built once for all copies of its inputs -> graph, its tensors q, k, v and out. Its window's left bound counts the
+    query's own key."""
     import cudnn
 
-    q, k, v = prompt(case, inputs, single=True, aligned=True)
-    types = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
-    if q.dtype not in types:
-        raise Unsupported(f"no {q.dtype}")
-    handle, dtype = cudnn_handle(), types[q.dtype]
-    tensors = [heads_first(t) for t in (q, k, v)]
-    graph = cudnn.pygraph(handle=handle, io_data_type=dtype, intermediate_data_type=cudnn.data_type.FLOAT,
+    kind = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}.get(dtype)
+    if kind is None:
+        raise Unsupported(f"no {dtype}")
+    (queries, keys), = case.sequences
+    shapes = [[1, heads, length, case.head_dim] for heads, length in ((case.heads, queries), (case.key_heads, keys), (case.key_heads, keys))]
+    graph = cudnn.pygraph(handle=cudnn_handle(), io_data_type=kind, intermediate_data_type=cudnn.data_type.FLOAT,
                           compute_data_type=cudnn.data_type.FLOAT)
-    nodes = [graph.tensor(name=name, dim=list(t.shape), stride=list(t.stride()), data_type=dtype) for name, t in zip("qkv", tensors)]
+    nodes = [graph.tensor(name=name, dim=shape, stride=list(stride), data_type=kind) for name, shape, stride in zip("qkv", shapes, strides)]
     left = {"diagonal_band_left_bound": case.window} if bites(case) else {}
-    scale = inputs["softmax_scale"] or 1 / math.sqrt(q.shape[-1])
-    node, _ = graph.sdpa(name="sdpa", q=nodes[0], k=nodes[1], v=nodes[2], attn_scale=scale, generate_stats=False,
-                         diagonal_alignment=cudnn.diagonal_alignment.TOP_LEFT, diagonal_band_right_bound=0, **left)
-    out = torch.empty_like(q)
-    node.set_output(True).set_dim(list(heads_first(out).shape)).set_stride(list(heads_first(out).stride()))
+    node, _ = graph.sdpa(name="sdpa", q=nodes[0], k=nodes[1], v=nodes[2], attn_scale=case.softmax_scale or 1 / math.sqrt(case.head_dim),
+                         generate_stats=False, diagonal_alignment=cudnn.diagonal_alignment.TOP_LEFT, diagonal_band_right_bound=0, **left)
+    node.set_output(True).set_dim(shapes[0]).set_stride(list(strides[0]))
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     graph.check_support()
     graph.build_plans()
+    return graph, (*nodes, node)
+
+
+def cudnn_frontend(case, inputs):
+    """cuDNN's own graph, which has a window."""
+    import cudnn
+
+    q, k, v = prompt(case, inputs, single=True, aligned=True)
+    out = torch.empty_like(q)
+    tensors = [heads_first(t) for t in (q, k, v, out)]
+    graph, nodes = cudnn_graph(case, q.dtype, tuple(t.stride() for t in tensors[:3]))
     workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=q.device)
-    arguments = dict(zip((*nodes, node), (*tensors, heads_first(out))))
+    arguments, handle = dict(zip(nodes, tensors)), cudnn_handle()
 
     def call():
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)

@@ -52,7 +52,7 @@ def base(row: dict) -> float | None:
 def peer_ratios(row: dict) -> dict[str, float]:
     """Time of each peer that ran over ours, the fastest peer first."""
     found, ours = timed(row), base(row)
-    peers = sorted((c["us"], name) for name, c in found.items() if name not in (OURS, SORTING))
+    peers = sorted((c["us"], name) for name, c in found.items() if name not in (OURS, SORTING) and not c.get("yardstick"))
     return {name: us / ours for us, name in peers} if ours else {}
 
 

@@ -24,6 +24,7 @@ PYTEST = [sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb
 NOT_COLLECTED = ["--ignore=tests/test_numpy.py", "--ignore=tests/virtual_gpu", "--ignore=tests/test_cuda_graph.py"]
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SHOWN = 12  # failures of a part
+PARTS = ("tests", "graph", "sanitizer", "moe", "attention", "model", "silicon")
 OPS = {"moe": ("moe_gate", "moe_sort", "moe_permute", "moe_combine", "grouped_gemm", "grouped_gemm_swiglu", "moe_experts"),
        "attention": ("sliding_window_attention", "rolling_attention", "apply_rope")}
 
@@ -137,7 +138,7 @@ def program(log: str, limit: float, *arguments):
     """A part that is a program of ours; {out} in its arguments is the folder for what it writes."""
     def check(check: Check):
         command = [sys.executable, "-u", "-m", *(a.replace("{out}", str(check.out.resolve())) for a in arguments)]
-        status, lines = check.run(command, log, limit, shown=r"^(?!\s*\d+%)\S")
+        status, lines = check.run(command, log, limit, shown=".", TQDM_DISABLE="1")
         return [f"exit status {status}", *lines[-1:]] if status else [], ""
 
     return check
@@ -184,8 +185,7 @@ def library_hash() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mixtral_bench.gpu_check", description=__doc__)
-    names = ("tests", "graph", "sanitizer", "moe", "attention", "model", "silicon")
-    parser.add_argument("--parts", nargs="+", choices=names, default=names,
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS,
                         help="default: all. moe, attention: the ops beside their peers; model: whole models; silicon: the virtual GPU's tests on the card")
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check"), metavar="FOLDER", help="default %(default)s")
     parser.add_argument("--seconds", type=float, default=3600, help="for everything (default %(default)s); a part takes 9 minutes at most")

@@ -75,9 +75,15 @@ def _matrix_rate(dtype: torch.dtype, device: torch.device, quick: bool) -> float
     return best
 
 
-def least_seconds(call: Callable[[], object], device: torch.device, runs: int = 7) -> float:
-    """After one run that does not count."""
-    call()
+def least_seconds(call: Callable[[], object], device: torch.device, runs: int = 15, warm_up: float = 0.3) -> float:
+    """Of the fastest run, after some for `warm_up` seconds, in which the clocks of a GPU rise."""
+    start = time.perf_counter()
+    while True:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if time.perf_counter() - start > warm_up:
+            break
     times = []
     for _ in range(runs):
         if device.type == "cuda":
@@ -110,10 +116,10 @@ def state(device: torch.device) -> dict[str, str]:
 
 
 def watch(device: torch.device) -> Callable[[], dict]:
-    """Reads clock and power of a GPU twice a second until the returned function is called, which gives their medians and extremes."""
+    """Reads clock and power of a GPU every two seconds until the returned function is called, which gives their medians and extremes."""
     if device.type != "cuda" or not shutil.which("nvidia-smi"):
         return lambda: {}
-    process = subprocess.Popen(_smi(("clocks.sm", "power.draw"), device, "-lms", "500"), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(_smi(("clocks.sm", "power.draw"), device, "-lms", "2000"), stdout=subprocess.PIPE, text=True)
 
     def finish():
         process.terminate()

@@ -16,6 +16,7 @@ class Op:
     size: Callable = lambda case, element: 0  # (case, bytes of an element) -> of the inputs, where that may be more than a machine has
     complete: Callable = lambda case, inputs: inputs  # what is not part of the case but made outside the timed call
     in_place: bool = False  # a second call sees other inputs
+    stored: Callable | None = None  # (case, inputs) -> error of what our call leaves in its inputs; made before it
 
 
 def nbytes(*tensors) -> int:

@@ -8,6 +8,12 @@ from pathlib import Path
 from mixtral_bench import files, plots, targets
 from mixtral_bench.files import OURS, SORTING
 
+CONDITIONS = {  # what our time holds, and the peers' does not
+    "rolling_attention": "ours rotates query and key, reads the ring and stores the new tokens; the peers find rotated queries, and keys in order, the new "
+                         "ones among them",
+    "apply_rope": "ours computes sines and cosines; the peers find them made",
+    "sliding_window_attention": "masks of peers are made before",
+}
 LONG = 14  # rows; longer tables are folded
 TITLES = {
     "moe_experts": "Expert layer", "sliding_window_attention": "Attention of prompts",
@@ -77,7 +83,7 @@ def header(results: dict) -> list[str]:
              f"- {machine['date']}, commit {machine['commit']}; {versions}",
              f"- command: `{results.get('command', 'not recorded')}`" + ("; reduced sizes: **not for quoting**" if results.get("quick") else "")]
     if "converted" in results:
-        lines.append(f"- converted {results['converted']}")
+        lines.append(f"- converted {results['converted']}; the command is that of its commit")
     lines += [f"- {when}: {shown}" for when in ("before", "during", "after") if (shown := shown_state(state.get(when, {})))]
     if not any(state.get(when) for when in ("before", "during", "after")):
         lines.append("- clocks and power: not known")
@@ -120,18 +126,20 @@ def body(results: dict, folded: bool) -> list[str]:
 
 def op_table(rows: list[dict]) -> list[str]:
     """One line a row, one column for each peer that ran; who did not run, and why, is listed below."""
-    peers = list(dict.fromkeys(name for row in rows for name in files.timed(row) if name not in (OURS, SORTING)))
+    ran = {name: c for row in rows for name, c in files.timed(row).items() if name not in (OURS, SORTING)}
+    peers = sorted(ran, key=lambda name: bool(ran[name].get("yardstick")))
     several = len({row["dtype"] for row in rows}) > 1
     sorting = any(SORTING in files.timed(row) for row in rows)
-    heads = ["case", *(["dtype"] if several else []), "ours", "±", "bytes", "TB/s", "TFLOP/s", "of the limit",
+    heads = ["case", *(["dtype"] if several else []), "ours", "±", "bytes", "bandwidth", "TFLOP/s", "of the limit",
              *(["with sort"] if sorting else []), *peers]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         found, ratios = files.timed(row), files.peer_ratios(row)
         cells = [label(row), *([row["dtype"]] if several else [])]
         if ours := found.get(OURS):
-            cells += [time(ours["us"]) + mark(ours, row), spread(ours), amount(row["bytes"]), digits(ours["tb_s"]),
-                      digits(ours["tflop_s"]) if row["flops"] else "-", f"{percent(ours['share'])} {row['bound']}" if "share" in ours else "-"]
+            cells += [time(ours["us"]) + mark(ours, row), spread(ours), amount(row["bytes"]), bandwidth(ours["tb_s"]),
+                      digits(ours["tflop_s"]) if row["flops"] else "-",
+                      "in cache" if row.get("cached") else f"{percent(ours['share'])} {row['bound']}" if "share" in ours else "-"]
         else:
             cells += ["-", "", amount(row["bytes"]), "-", "-", "-"]
         if sorting:
@@ -140,7 +148,11 @@ def op_table(rows: list[dict]) -> list[str]:
             ratio = f" ({ratios[name]:.2f}x)" if name in ratios else ""
             cells.append(time(found[name]["us"]) + mark(found[name], row) + ratio if name in found else "-")
         lines.append(f"| {' | '.join(cells)} |")
-    notes = []
+    notes = [f"- {CONDITIONS[rows[0]['op']]}"] if rows[0]["op"] in CONDITIONS else []
+    if any(row.get("cached") for row in rows):
+        notes.append("- in cache: the copies of these inputs are together smaller than the caches")
+    if any(c.get("yardstick") for c in ran.values()):
+        notes.append("- same FLOPs: torch's dense products of all rows with the weights of one expert, a yardstick")
     if routings := [f"{name}: {what}" for name, what in ROUTINGS.items() if any(row["case"].endswith(f" {name}") for row in rows)]:
         notes.append(f"- routing: random where nothing is said; {'; '.join(routings)}")
     if sorting and peers:
@@ -279,14 +291,14 @@ Whoever wants a number checked finds its machine, commit, date and command here,
 
 ```sh
 python -m mixtral_bench list                                   # ops, cases, peers, and which of them can run here
-python -m mixtral_bench run --device cpu                       # or cuda; --op, --shapes, --peers for less
+python -m mixtral_bench run --device cpu --json                # or cuda; --op, --shapes, --cases, --peers for less
 python -m mixtral_model bench --random-weights mistral-7b      # the whole model; --device cuda
 python -m mixtral_bench report FILE.json                       # tables and plots beside a file; without one: this page and README's parts
 python -m mixtral_bench compare A.json B.json                  # two runs, row by row
 ```
 
-Each candidate is checked before it is timed. Inputs are random normal numbers; successive calls go through copies of them that are larger than
-the caches. A peer that is not installed is listed as absent."""
+Each candidate is checked before it is timed. Inputs are random normal numbers; successive calls go through copies of them that are together larger
+than the caches; where inputs are too small for that (64 copies at most) the row says "in cache" and has no share of the limit. A peer that is not installed is listed as absent."""
 
 
 def benchmarks(results_dir=files.RESULTS) -> str:
@@ -296,7 +308,7 @@ def benchmarks(results_dir=files.RESULTS) -> str:
     outcomes = targets.evaluate_all(found)
     lines = [HEAD, "", "## Targets", "",
              "Among the rows of the newest file that has any, the worst one is shown. Of the limit: of what this machine was measured to reach, by "
-             "copying, reading or a matrix product; beyond 100 %: the row only reads, which is faster than the copy that was measured."]
+             "copying, reading or a matrix product; beyond 100 %: the machine can do more than was measured."]
     for device, title in (("cpu", "On a CPU"), ("cuda", "On an NVIDIA GPU")):
         lines += ["", f"### {title}", "", *target_table([o for o in outcomes if o.target.device == device])]
     lines += ["", "Host synchronisations and allocations inside the C API, wanted 0: `tests/test_layering.py` finds none in the sources, "
@@ -314,7 +326,7 @@ def benchmarks(results_dir=files.RESULTS) -> str:
                           f"[`{stem}.json`]({link(stem + '.json')})", "", *header(results), ""]
                 lines += [f"![{alt}]({link(f'plots/{stem}-{name}.svg')})\n" for name, alt in plots.names(results).items()]
                 lines += body(results, folded=True)
-    lines += ["", "## Notes", "", *(f"- [{note_title(path)}]({link(path.name)})" for path in sorted(folder.glob("*.md")))]
+    lines += ["", "## Notes", "", *(f"- [{note_title(path)}]({link(path.name)})" for path in notes(folder))]
     lines += ["", "## Verified on", "", *verified(folder)]
     return "\n".join(lines) + "\n"
 
@@ -325,17 +337,17 @@ def open_rows(found: dict[str, dict]) -> list[str]:
 
     lines = []
     for device in ("cpu", "cuda"):
-        done = {(row["op"], row["case"]) for r in measured(found, device) for row in r["rows"] if OURS in files.timed(row) or "skipped" in row["candidates"][OURS]}
+        done = {(row["op"], row["case"]) for r in measured(found, device) for row in r["rows"] if OURS in files.timed(row)}
         for op, cases in CASES.items():
             missing = [case.name for case in cases if case.large and (op, case.name) not in done]
             if missing:
                 only = "" if len(missing) == sum(case.large for case in cases) else f" --cases '^({expression(missing)})$'"
-                lines.append(f"- `{op}`, {len(missing)} case{'s' if len(missing) > 1 else ''} ({device}): `python -m mixtral_bench run --device {device} --op {op}{only}`")
+                lines.append(f"- `{op}`, {len(missing)} case{'s' if len(missing) > 1 else ''} ({device}): `python -m mixtral_bench run --device {device} --op {op}{only} --json`")
     return lines
 
 
 def expression(names: list[str]) -> str:
-    """Which finds these names, each a model and the rest."""
+    """A regular expression for these names, each of which is a model and a size."""
     by_model: dict[str, list[str]] = {}
     for name in names:
         model, _, rest = name.partition(" ")
@@ -350,19 +362,24 @@ def open_peers(found: dict[str, dict]) -> list[str]:
 
     lines = []
     for device in ("cpu", "cuda"):
-        done = {(row["op"], name) for r in measured(found, device) for row in r["rows"] for name, c in row["candidates"].items() if "absent" not in c}
+        done = {(row["op"], name) for r in measured(found, device) for row in r["rows"] for name in files.timed(row)}
         missing: dict[str, list] = {}
         for op, peers in (MOE | ATTENTION).items():
             for peer in peers:
                 if device in peer.devices and peer.package and (op, peer.name) not in done:
                     missing.setdefault(peer.package, []).append(op)
-        lines += [f"- beside {package} ({device}), with it installed: `python -m mixtral_bench run --device {device} --op {' '.join(dict.fromkeys(ops))}`"
+        lines += [f"- beside {package} ({device}), with it installed: `python -m mixtral_bench run --device {device} --op {' '.join(dict.fromkeys(ops))} --json`"
                   for package, ops in missing.items()]
     return lines
 
 
 def measured(found: dict[str, dict], device: str) -> list[dict]:
     return [r for r in found.values() if r["kind"] == "ops" and r["machine"]["device"] == device and not r.get("quick")]
+
+
+def notes(folder: Path) -> list[Path]:
+    """Written by hand: the tables of a file stand beside its JSON."""
+    return [path for path in sorted(folder.glob("*.md")) if not path.with_suffix(".json").exists()]
 
 
 def link(name: str) -> str:

@@ -16,13 +16,13 @@ from mixtral_bench.cases import CASES, Case
 from mixtral_bench.files import OURS
 from mixtral_bench.op import Op
 from mixtral_bench.peer import Peer
-from mixtral_bench.timing import Candidate, Meter, first_line, rated
+from mixtral_bench.timing import Candidate, Meter, first_line, rated, worst
 
 OPS: dict[str, Op] = moe_ops.OPS | attention_ops.OPS
 PEERS: dict[str, list[Peer]] = moe_peers.PEERS | attention_peers.PEERS
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-ROTATED = {"cuda": 2**28, "cpu": 2**30}  # bytes of inputs that successive calls go through: more than the L2 of a GPU, the caches of a CPU
-MOST_COPIES = 64  # inputs of less than ROTATED / 64 stay in a cache, as what the kernel before has just written does
+ROTATED = {"cuda": 2**28, "cpu": 2**29}  # bytes of inputs that successive calls go through: more than the L2 of a GPU, the caches of a CPU
+MOST_COPIES = 64  # inputs of less than ROTATED / 64 stay in a cache, as what the kernel before has just written does: the row says so
 QUICK = dict(hidden=512, intermediate=1024, inner=512, outer=1024, capacity=256)  # sizes of --quick, where a case has more
 
 
@@ -101,25 +101,29 @@ def make_row(case: Case, dtype: str, device: torch.device, meter: Meter, limits:
     try:
         first = op.complete(case, case.inputs(DTYPES[dtype], device))
         row |= {"flops": op.flops(case, first), "bytes": op.bytes(case, first)}
+        tolerance = op.tolerance * (0.01 if dtype == "f32" else 1)
         taken = sum(t.numel() * t.element_size() for t in first.values() if isinstance(t, torch.Tensor))
         copies = max(1, min(MOST_COPIES, math.ceil(rotated / max(taken, 1))))
+        row |= {"cached": True} if copies * taken < rotated else {}
         inputs = [first, *(clone(first) for _ in range(copies - 1))]
         errors = {(): op.expected(case, first)}
+        stored = op.stored(case, first) if op.stored else lambda: 0.0
 
         def ours(prepare):
-            return lambda: Candidate([prepare(case, copy) for copy in inputs], errors[()], op.tolerance, in_place=op.in_place)
+            return lambda: Candidate([prepare(case, copy) for copy in inputs], lambda result: worst([errors[()](result), stored()]), tolerance,
+                                     in_place=op.in_place)
 
         def theirs(peer):
             def make():
                 prepared = [peer.prepare(case, copy) for copy in inputs]
                 if peer.yardstick:  # it brings its own check
-                    return Candidate([call for call, _ in prepared], prepared[0][1], moe_ops.TOLERANCE)
+                    return Candidate([call for call, _ in prepared], prepared[0][1], moe_ops.TOLERANCE, yardstick=True)
                 changed = dataclasses.replace(case, **peer.changed)
                 key = tuple(peer.changed.items())
                 if key not in errors:
                     errors[key] = op.expected(changed, first)
                 flops = op.flops(changed, first) if peer.changed else None
-                return Candidate(prepared, errors[key], peer.tolerance or op.tolerance, flops, op.in_place)
+                return Candidate(prepared, errors[key], peer.tolerance or tolerance, flops, op.in_place)
             return make
 
         candidates = {name: ours(prepare) for name, prepare in op.ours.items()}

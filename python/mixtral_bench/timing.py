@@ -18,11 +18,12 @@ MOST_CALLS = 20  # in one batch
 
 @dataclass
 class Candidate:
-    calls: Sequence[Callable[[], object]]  # the same on several copies of the inputs, gone through in turn: larger than the caches together
-    error: Callable[[object], float]  # of what the first one returned
+    calls: Sequence[Callable[[], object]]  # the same on each of several copies of the inputs, gone through in turn
+    error: Callable[[object], float]  # of what the first of them returned
     tolerance: float
     flops: float | None = None  # where it does other work than the row counts
-    in_place: bool = False  # what it returns are its inputs
+    in_place: bool = False  # a second call sees other inputs, or returns them
+    yardstick: bool = False  # it does other work of as many FLOPs
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Meter:
                     candidate = make()
                     seconds, error = self._checked(candidate)
                     results[name] = {"error": error} | ({} if candidate.flops is None else {"flops": candidate.flops})
+                    results[name] |= {"yardstick": True} if candidate.yardstick else {}
                     if seconds > LONG:
                         runs[name] = [seconds]
                         results[name] |= {"calls": 1, "method": "clock"}
@@ -160,18 +162,26 @@ class Meter:
         return {name: results[name] for name in candidates}
 
     def _checked(self, candidate: Candidate) -> tuple[float, float]:
-        """-> seconds of the checked call, error. It is called again after its first result was overwritten: what it leaves unwritten shows."""
+        """-> seconds of the checked call, error. It is called again after its first result was overwritten: what it leaves unwritten shows.
+        On a GPU no call takes long by itself, but the first one may compile."""
         seconds, result = self._timed(candidate.calls[0])
-        if seconds < LONG and not candidate.in_place:
+        if candidate.in_place:
+            error = candidate.error(result)
+            if self.cuda:
+                seconds, _ = self._timed(candidate.calls[0])
+            return seconds, self._allowed(error, candidate)
+        if seconds < LONG or self.cuda:
             for tensor in result if isinstance(result, tuple) else (result,):
                 if isinstance(tensor, torch.Tensor):
                     tensor.fill_(math.nan if tensor.is_floating_point() else -77)
             del result, tensor
             seconds, result = self._timed(candidate.calls[0])
-        error = candidate.error(result)
+        return seconds, self._allowed(candidate.error(result), candidate)
+
+    def _allowed(self, error: float, candidate: Candidate) -> float:
         if not error <= candidate.tolerance:
             raise ArithmeticError(f"wrong result: relative error {error:.2g}, allowed {candidate.tolerance:g}")
-        return seconds, error
+        return error
 
     def _timed(self, call):
         start = time.perf_counter()
@@ -193,7 +203,7 @@ def with_warnings(error: Exception, caught) -> str:
 
 def rated(row: dict, limits: dict[str, float]) -> dict:
     """The row with what follows from its numbers: limit_us and bound from the measured limits; of every candidate TB/s, TFLOP/s, share of the
-    limit and `times`, its time over ours. One that does other work than the row's has no share."""
+    limit and `times`, its time over ours. One that does other work than the row's has no share, nor a row whose inputs stay in a cache."""
     rates = {"memory": (row["bytes"], files.bandwidth(limits)), "compute": (row["flops"], files.product(limits, row["dtype"]))}
     bounds = {name: amount / rate * 1e-6 for name, (amount, rate) in rates.items() if rate}
     if bounds:
@@ -203,9 +213,12 @@ def rated(row: dict, limits: dict[str, float]) -> dict:
     for name, found in row["candidates"].items():
         if "us" in found:
             seconds = found["us"] * 1e-6
-            found = found | {"tb_s": row["bytes"] / seconds / 1e12, "tflop_s": found.get("flops", row["flops"]) / seconds / 1e12}
-            if bounds and "flops" not in found:
-                found["share"] = row["limit_us"] / found["us"]
+            found = {k: v for k, v in found.items() if k not in ("tb_s", "share", "times")}
+            found["tflop_s"] = found.get("flops", row["flops"]) / seconds / 1e12
+            if "flops" not in found and not found.get("yardstick"):
+                found["tb_s"] = row["bytes"] / seconds / 1e12
+                if bounds and not row.get("cached"):
+                    found["share"] = row["limit_us"] / found["us"]
             if base:
                 found["times"] = found["us"] / base
         candidates[name] = found
