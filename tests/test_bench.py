@@ -298,11 +298,19 @@ def test_what_fails_is_recorded_and_the_others_go_on():
 
 def test_copies_are_gone_through_in_turn():
     seen = []
-    calls = [lambda i=i: seen.append(i) for i in range(3)]
-    timer = timing.Timer(calls, False)
-    seen.clear()
-    timer.batch()
-    assert len(timer.calls) % 3 == 0 and seen == [0, 1, 2] * (len(seen) // 3)
+    timer = timing.Timer([lambda i=i: seen.append(i) for i in range(3)], False)
+    assert timer.count == timing.MOST_CALLS
+    for _ in range(3):
+        timer.batch()
+    assert seen == [i % 3 for i in range(len(seen))] and len(seen) > 3 * timing.MOST_CALLS
+
+
+def test_a_graph_holds_all_copies(monkeypatch):
+    monkeypatch.setattr(timing.Timer, "batch", lambda self: 1e-3 / 5)  # five calls a batch
+    monkeypatch.setattr(timing.Timer, "_never_waits", lambda self: True)
+    for graph, count in (("graph", 6), (None, 5)):
+        monkeypatch.setattr(timing.Timer, "_captured", lambda self, graph=graph: graph)
+        assert timing.Timer([lambda: None] * 3, True).count == count
 
 
 @pytest.mark.parametrize("at", ("call", "end", None))
@@ -315,7 +323,7 @@ def test_what_cannot_be_captured_has_no_graph(monkeypatch, at):
 
     timer = timing.Timer([lambda: None], False)
     if at == "call":
-        timer.calls = [lambda: 1 / 0]
+        timer.turn = iter([lambda: 1 / 0])
     for name, value in dict(CUDAGraph=lambda: "graph", graph=capture, stream=contextlib.nullcontext, current_stream=lambda: None,
                             synchronize=lambda: None).items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -1,5 +1,6 @@
 """Timing: every candidate of a row is checked, then all are timed in turns, so that a drifting machine hits all alike."""
 
+import itertools
 import math
 import statistics
 import time
@@ -50,16 +51,16 @@ def worst(errors: Sequence[float]) -> float:
 
 
 class Timer:
-    """Times batches of calls, about a millisecond each. On CUDA a batch is one graph, or, of a candidate that waits for the device or
-    cannot be captured, calls between two events; on the CPU a clock."""
+    """Times batches of calls, about a millisecond each, which go through the copies in turn. On CUDA a batch is one graph, of all copies, or,
+    of a candidate that waits for the device or cannot be captured, calls between two events; on the CPU a clock."""
 
     def __init__(self, calls: Sequence[Callable[[], object]], cuda: bool):
-        self.calls, self.cuda, self.graph = list(calls), cuda, None
-        copies = len(self.calls)
-        wanted = max(1, min(MOST_CALLS, round(1e-3 / self.batch())))
-        self.calls *= math.ceil(wanted / copies)
+        self.first, self.turn, self.cuda, self.graph, self.count = calls[0], itertools.cycle(calls), cuda, None, 1
+        wanted = self.count = max(1, min(MOST_CALLS, round(1e-3 / self.batch())))
         if cuda and self._never_waits():
+            self.count = math.ceil(wanted / len(calls)) * len(calls)
             self.graph = self._captured()
+            self.count = self.count if self.graph else wanted
         self.batch()
 
     @property
@@ -71,7 +72,7 @@ class Timer:
         if not self.cuda:
             start = time.perf_counter()
             self._all()
-            return (time.perf_counter() - start) / len(self.calls)
+            return (time.perf_counter() - start) / self.count
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.graph:
             torch.cuda._sleep(200_000)  # 0.1 ms, in which the replay is enqueued: its launch is not part of the time
@@ -79,16 +80,16 @@ class Timer:
         self.graph.replay() if self.graph else self._all()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / len(self.calls)
+        return start.elapsed_time(end) * 1e-3 / self.count
 
     def _all(self):
-        for call in self.calls:
-            call()
+        for _ in range(self.count):
+            next(self.turn)()
 
     def _never_waits(self) -> bool:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            self.calls[0]()
+            self.first()
         except Exception:  # noqa: BLE001
             return False
         finally:
@@ -136,7 +137,7 @@ class Meter:
                         results[name] |= {"calls": 1, "method": "clock"}
                     else:
                         timers[name], runs[name] = Timer(candidate.calls, self.cuda), []
-                        results[name] |= {"calls": len(timers[name].calls), "method": timers[name].method}
+                        results[name] |= {"calls": timers[name].count, "method": timers[name].method}
                 except Unsupported as reason:
                     results[name] = {"skipped": str(reason)}
                 except Exception as failure:  # noqa: BLE001
@@ -144,7 +145,7 @@ class Meter:
         for number in range(self.effort.most):
             for name, timer in list(timers.items()):
                 done = runs[name]
-                if len(done) >= self.effort.least and sum(done) * len(timer.calls) >= self.effort.budget:
+                if len(done) >= self.effort.least and sum(done) * timer.count >= self.effort.budget:
                     continue
                 progress(f"{name}, run {number + 1}")
                 try:
