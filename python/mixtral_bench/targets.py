@@ -197,8 +197,8 @@ STAGES = ("moe_gate", "moe_sort", "moe_permute", "moe_combine", "grouped_gemm", 
 LAUNCHED = 20.0  # us: below that a row is launch latency, whatever its bytes
 PROFILES = {  # (device, op) -> the note in results/ that holds the profile
     ("cuda", "moe_experts"): "2026-11-26-h100-gaps.md",
-    ("cuda", "sliding_window_attention"): "2026-11-26-h200-attention-spans.md",
-    ("cuda", "rolling_attention"): "2026-11-26-h200-attention-spans.md",
+    ("cuda", "sliding_window_attention"): "2026-11-27-attention-instructions.md",
+    ("cuda", "rolling_attention"): "2026-11-27-attention-instructions.md",
 }
 
 
