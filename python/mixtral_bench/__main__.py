@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("file", type=Path, nargs=2, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
-        options.action(options, shlex.join(["python", "-m", "mixtral_bench", *arguments]))
+        named = ["FILE" if i and arguments[i - 1] == "--json" else argument for i, argument in enumerate(arguments)]  # no path of this machine
+        options.action(options, shlex.join(["python", "-m", "mixtral_bench", *named]))
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has gone (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -196,6 +196,10 @@ def evaluate_all(found: dict[str, dict]) -> list[Outcome]:
 STAGES = ("moe_gate", "moe_sort", "moe_permute", "moe_combine", "grouped_gemm", "grouped_gemm_swiglu")  # parts of moe_experts
 LAUNCHED = 20.0  # us: below that a row is launch latency, whatever its bytes
 PROFILES = {  # (device, op) -> the note in results/ that holds the profile
+    ("cpu", "moe_experts"): "2026-11-27-xeon-amx-gaps.md",
+    ("cpu", "sliding_window_attention"): "2026-11-27-xeon-amx-gaps.md",
+    ("cpu", "rolling_attention"): "2026-11-27-xeon-amx-gaps.md",
+    ("cpu", "apply_rope"): "2026-11-27-xeon-amx-gaps.md",
     ("cuda", "moe_experts"): "2026-11-26-h100-gaps.md",
     ("cuda", "sliding_window_attention"): "2026-11-27-attention-instructions.md",
     ("cuda", "rolling_attention"): "2026-11-27-attention-instructions.md",
