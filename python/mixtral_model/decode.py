@@ -6,15 +6,18 @@ Launches of a step on a GPU, by what the sources of torch and of our ops say (`p
                  rms_norm 1, then Mixtral: router 1, moe_gate 1, moe_experts 3 (GEMM 1 + SwiGLU, GEMM 2, combine), residual 1
                  or Mistral: grouped_gemm_swiglu 1, grouped_gemm 1, residual 1
     in all       13 a layer (Mistral 10), where cuBLAS takes one kernel for a product
-    per step     embedding 1, lengths 1, rms_norm 1, head 1, greedy token about 10 on [B]; Mistral 1 for its row bounds
+    per step     embedding 1, lengths 1, rms_norm 1, head 1, greedy token about 10 on [B]; Mistral 1 for its row bounds;
+                 and copies, which are no kernels: the sampled tokens to the host, random numbers to the device
 """
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .config import ModelError
 from .model import Cache, Model, upload
 
 WARM_UP = 2     # steps before a capture: they load kernels and make cuBLAS's handles, and are steps of the text like any other
@@ -49,6 +52,8 @@ class Decoder:
         sampled  i64 [B]     what the last step drew; -1: its logits were not finite
         logprobs f32 [B]     of sampled, if asked for
         draws    f64 [B, 1]  from 0 to 1, one for each step, if the temperature is not 0
+        logits   [B, V]      of the last step; a graph's own tensor, as are
+        choices  i32 [B, K]  the experts of each layer, a list
 
     A static batch (`captures`, by default on a GPU) always runs whole, and its next step is under way while the host reads the tokens of
     the last one. So a sequence that has ended goes on: its length stays, its tokens are not shown and its experts not counted; it writes
@@ -63,11 +68,16 @@ class Decoder:
         """For all sequences of the cache. steps: how many there will be at most. generators: one for each sequence, on the CPU.
         expert_load i64 [layers, E] on the model's device is increased. captures(function, device) makes what replays it."""
         batch, device = len(cache.lengths), model.device
+        if cache.window is None and max(cache.lengths) + steps > cache.capacity:
+            raise ModelError(f"steps: expected at most {cache.capacity - max(cache.lengths)}, for which the cache has room, got {steps}")
+        if temperature and len(generators) != batch:
+            raise ModelError(f"generators: expected one for each of {batch} sequences, got {len(generators)}")
         self.model, self.cache, self.temperature, self.top_p, self.expert_load = model, cache, temperature, top_p, expert_load
         self.captures = captures or (Graph if device.type == "cuda" else None)
         self.until_capture = WARM_UP if self.captures and steps >= LEAST_STEPS else -1
         self.rows, self.generators, self.with_logprobs = list(range(batch)), list(generators), logprobs
-        self.run = self.step
+        self.replay = None  # not self.step, which would keep decoder and cache alive until Python looks for cycles
+        self.left = steps
         self.done = 0  # tokens drawn, of each sequence
 
         self.tokens = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -81,7 +91,7 @@ class Decoder:
         self.eos_ids = upload([i for i in eos_ids if 0 <= i < model.config.vocab_size], torch.int64, device)
         # On the host two of each, in turn: one is read while a step fills the other.
         pinned = device.type == "cuda"
-        self.host = [tuple(torch.empty_like(t, device="cpu", pin_memory=pinned) for t in (self.sampled, self.logprobs, self.draws))
+        self.host = [tuple(torch.zeros(t.shape, dtype=t.dtype, pin_memory=pinned) for t in (self.sampled, self.logprobs, self.draws))
                      for _ in range(2)]
         self.events = [torch.cuda.Event() for _ in range(2)] if pinned else None
 
@@ -98,34 +108,40 @@ class Decoder:
 
     @torch.inference_mode()
     def next(self, rows: list[int] | None = None) -> "Sent":
-        """One step more, of these sequences alone (unless the batch is static)."""
+        """One step more, of these sequences alone (all of them if the batch is static)."""
+        if not self.left:
+            raise ModelError("steps: expected no more than the decoder was made for, got one more")
         if rows is not None and rows != self.rows:
+            if self.overlaps:
+                raise ModelError(f"rows: expected {self.rows} or None, since a static batch runs whole, got {rows}")
             self._keep(rows)
+        self.left -= 1
         self._draw()
         if self.until_capture == 0:
-            self.run = self.captures(self.step, self.model.device)
+            self.replay = self.captures(self.step, self.model.device)
         self.until_capture -= 1
         if self.until_capture >= 0 and self.events:
             self._warm_up()
         else:
-            self.run()
+            (self.replay or self.step)()
         return self._send()
 
     def step(self) -> None:
         """What a graph captures: tokens through the model, one more sampled."""
+        self.choices = []
         # The longest cache is a plain number, which a graph keeps: unknown, so what the capacity holds counts.
-        hidden = self.model.run(self.cache, self.tokens, self.lengths, self.slots, self.bounds, 1, None, self.expert_load, self.live)
+        hidden = self.model.run(self.cache, self.tokens, self.lengths, self.slots, self.bounds, 1, None, self.expert_load, self.live, self.choices)
         self.lengths.add_(self.live)
         self.pick(hidden)
 
     def pick(self, hidden: Tensor) -> None:
-        logits = self.model.logits(hidden)
-        sample(logits, self.temperature, self.top_p, self.draws, out=self.sampled)
+        self.logits = self.model.logits(hidden)
+        sample(self.logits, self.temperature, self.top_p, self.draws, out=self.sampled)
         tokens = self.sampled.clamp(min=0)
         self.tokens.copy_(tokens)
         self.live.mul_((tokens[:, None] != self.eos_ids).all(1))
         if self.with_logprobs:
-            self.logprobs.copy_(token_logprobs(logits, tokens))
+            self.logprobs.copy_(token_logprobs(self.logits, tokens))
 
     def _draw(self) -> None:
         """Brings the next random number of each sequence to the device."""
@@ -139,13 +155,13 @@ class Decoder:
         """Starts the copy of the last step's results to the host."""
         at = self.done % 2
         self.done += 1
-        host = [buffer[:len(self.rows)] for buffer in self.host[at][:2]]
-        host[0].copy_(self.sampled, non_blocking=True)
+        tokens, logprobs = (buffer[:len(self.rows)] for buffer in self.host[at][:2])
+        tokens.copy_(self.sampled, non_blocking=True)
         if self.with_logprobs:
-            host[1].copy_(self.logprobs, non_blocking=True)
+            logprobs.copy_(self.logprobs, non_blocking=True)
         if self.events:
             self.events[at].record(torch.cuda.current_stream(self.model.device))
-        return Sent(self.rows, *host, self.events[at] if self.events else None)
+        return Sent(self.rows, tokens, logprobs if self.with_logprobs else None, self.events[at] if self.events else None)
 
     def _keep(self, rows: list[int]) -> None:
         at = [self.rows.index(row) for row in rows]
@@ -166,14 +182,14 @@ class Decoder:
 class Sent:
     """Tokens on their way to the host. To be read before the step after the next one is asked for."""
 
-    def __init__(self, rows: list[int], tokens: Tensor, logprobs: Tensor, event):
+    def __init__(self, rows: list[int], tokens: Tensor, logprobs: Tensor | None, event):
         self.rows, self.tokens, self.logprobs, self.event = rows, tokens, logprobs, event
 
-    def read(self) -> Iterator[tuple[int, int, float]]:
-        """Sequence, token (-1: see Decoder) and log-probability (if asked for) of each; waits for them."""
+    def read(self) -> Iterator[tuple[int, int, float | None]]:
+        """Sequence, token (-1: see Decoder) and log-probability (None if not asked for) of each; waits for them."""
         if self.event:
             self.event.synchronize()
-        return zip(self.rows, self.tokens.tolist(), self.logprobs.tolist())
+        return zip(self.rows, self.tokens.tolist(), itertools.repeat(None) if self.logprobs is None else self.logprobs.tolist())
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor, out: Tensor | None = None) -> Tensor:
@@ -202,3 +218,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Natural log-probability f32 [N] of tokens [N] under logits [N, V]."""
     logits = logits.float()
     return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+
+
+def score(model: Model, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Natural log-probability f32 [N] of tokens [N] after the hidden states [N, H]; 256 rows of logits at a time bound the memory."""
+    return torch.cat([token_logprobs(model.logits(h), t) for h, t in zip(hidden.split(256), tokens.split(256))])

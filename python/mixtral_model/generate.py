@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig, ModelError
-from .decode import Decoder, token_logprobs
+from .decode import Decoder, score
 from .model import Cache, Model, check_expert_load, check_ids, upload
 
 
@@ -24,14 +24,14 @@ class Completion:
 def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
              seed: int = 0, chunk_size: int = 2048, eos_ids: Iterable[int] | int | None = None, logprobs: bool = False,
              prompt_logprobs: bool = False, on_token: Callable[[int, int], None] | None = None,
-             on_prefill: Callable[[int], None] | None = None, expert_load: Tensor | None = None, captures=None) -> list[Completion]:
+             on_prefill: Callable[[int], None] | None = None, expert_load: Tensor | None = None) -> list[Completion]:
     """Continues each prompt (token ids) by up to max_tokens tokens, or to the first of eos_ids (default: the model's).
 
     temperature 0 is greedy. Prompt i draws from its own generator, seeded with seed + i, so its tokens do not depend on
     the rest of the batch. At most chunk_size tokens of each prompt pass through the model at a time. Log-probabilities
     are the model's own, before temperature and top_p; with max_tokens 0 a prompt is only scored.
     on_token(i, token) is called for every new token of prompt i, on_prefill(n) whenever n more prompt tokens are done.
-    expert_load: see Model.forward; increased at the end. captures: see Decoder."""
+    expert_load: see Model.forward; increased at the end."""
     check_request(model.config, prompts, max_tokens, temperature, top_p, seed, chunk_size)
     if not prompts:
         return []
@@ -47,7 +47,7 @@ def generate(model: Model, prompts: list[list[int]], max_tokens: int, *, tempera
     if max_tokens:
         generators = [torch.Generator().manual_seed(int(seed) + i) for i in range(len(prompts))]
         decoder = Decoder(model, cache, max_tokens - 1, temperature=temperature, top_p=top_p, generators=generators, eos_ids=eos_ids,
-                          logprobs=logprobs, expert_load=load, captures=captures)
+                          logprobs=logprobs, expert_load=load)
         _decode(decoder, hidden, max_tokens, results, eos_ids, on_token)
     if load is not None:
         expert_load += load.to(expert_load.device)
@@ -114,8 +114,7 @@ def prefill(model: Model, cache: Cache, prompts: list[list[int]], chunk_size: in
                 last[i] = rows[-1]
             if score_into:
                 next_tokens = upload(prompts[i][start + 1:start + len(rows) + 1], torch.int64, model.device)
-                for r, t in zip(rows.split(256), next_tokens.split(256)):  # 256 rows of logits at a time bound the memory
-                    scores[i].append(token_logprobs(model.logits(r[:len(t)]), t))
+                scores[i].append(score(model, rows[:len(next_tokens)], next_tokens))
         if on_prefill:
             if hidden.is_cuda:
                 torch.cuda.synchronize(hidden.device)  # done, not only queued

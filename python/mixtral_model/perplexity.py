@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from .config import ModelConfig, ModelError
-from .generate import token_logprobs
-from .model import Model, check_ids
+from .decode import score
+from .model import Model, check_ids, upload
 from .output import new_figure, plots_are_possible, save_figure, write_csv
 
 DEFAULT_CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
@@ -58,6 +58,14 @@ class Plan:
     def segments(self, context: int) -> list[list[int]]:
         """The context + 1 tokens that end with each block."""
         return [text[end - context - 1:end] for text in self.texts for end in range(self.contexts[-1] + 1, len(text) + 1, self.stride)]
+
+    def batch(self, context: int) -> int:
+        """Segments that are read together."""
+        return min(max(self.chunk_size // context, 1), self.tokens_scored() // self.stride)
+
+    def cache_positions(self) -> int:
+        """Of all segments that are read together, at most."""
+        return max(self.batch(context) * min(window or context, context) for window, context in self.runs())
 
 
 def make_plan(config: ModelConfig, texts: list[tuple[str, list[int]]], contexts: list[int] | None = None, stride: int | None = None,
@@ -98,7 +106,7 @@ def measure(model: Model, plan: Plan, on_tokens: Callable[[int], None] = lambda 
     for window, context in plan.runs():
         windowed = Model(dataclasses.replace(model.config, window=window), model.weights)
         segments = plan.segments(context)
-        batch = max(plan.chunk_size // context, 1)
+        batch = plan.batch(context)
         total = 0.0
         for i in range(0, len(segments), batch):
             total += _logprobs(windowed, segments[i:i + batch], plan.stride, plan.chunk_size)
@@ -122,9 +130,8 @@ def _logprobs(model: Model, segments: list[list[int]], count: int, chunk_size: i
         first = max(start, inputs - count)  # input i predicts token i + 1
         if first < end:
             rows = hidden.unflatten(0, (len(segments), -1))[:, first - start:].flatten(0, 1)
-            nexts = torch.tensor([token for segment in segments for token in segment[first + 1:end + 1]], device=model.device)
-            for r, t in zip(rows.split(256), nexts.split(256)):  # 256 rows of logits at a time bound the memory
-                total += token_logprobs(model.logits(r), t).sum(dtype=torch.float64)
+            nexts = upload([token for segment in segments for token in segment[first + 1:end + 1]], torch.int64, model.device)
+            total += score(model, rows, nexts).sum(dtype=torch.float64)
     return total.item()
 
 
