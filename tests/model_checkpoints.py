@@ -70,6 +70,14 @@ def edit_json(path, **changes):
     Path(path).write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
+def pretend_a_card(monkeypatch, free, there):
+    """An NVIDIA GPU with so many bytes of memory, of which torch holds nothing."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, there))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+
+
 def mixtral_tokenizer(directory):
     """Puts the tokenizer of Mixtral 8x7B into a checkpoint directory."""
     from mistral_common.tokens.tokenizers import mistral

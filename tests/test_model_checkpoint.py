@@ -13,8 +13,8 @@ from transformers import MistralConfig, MixtralConfig
 
 from mixtral_model import Model, ModelError, read_config
 from mixtral_model.__main__ import main
-from mixtral_model.weights import Checkpoint
-from model_checkpoints import LAYOUTS, edit_json, tiny, write
+from mixtral_model.weights import Checkpoint, TooLarge
+from model_checkpoints import LAYOUTS, edit_json, pretend_a_card, tiny, write
 
 MIXTRAL_8X7B = dict(architectures=["MixtralForCausalLM"], model_type="mixtral", hidden_size=4096, intermediate_size=14336,
                     num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, num_experts_per_tok=2, num_local_experts=8,
@@ -394,15 +394,33 @@ def test_a_gpu_takes_no_float32(tmp_path, peer, monkeypatch):
 
 def test_a_gpus_memory_is_checked_before_anything_is_read(tmp_path, peer, monkeypatch):
     needed = 2 * (read_config(write(tmp_path, peer)).parameters() + 1000 * 2 * 2 * 2 * 64)  # bf16; 1000 positions of 2 layers, k and v, 2 heads of 64
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, 24 * 10**9))
+    pretend_a_card(monkeypatch, needed - 1, 24 * 10**9)
     monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("read"))
     with pytest.raises(ModelError, match="weights of 0.0 GB in torch.bfloat16 and a cache of 0.0 GB do not fit into the memory of cuda: "
                                          "24.0 GB, 0.0 GB of it free"):
         Model.load(tmp_path, torch.bfloat16, device="cuda", cache_positions=1000)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, 24 * 10**9))
+    pretend_a_card(monkeypatch, needed, 24 * 10**9)
     with pytest.raises(pytest.fail.Exception, match="read"):
         Model.load(tmp_path, torch.bfloat16, device="cuda", cache_positions=1000)
+
+
+@pytest.mark.parametrize("layout, dtype, copied", [("fused", torch.float32, "wqkv"), ("per-expert", torch.float32, "experts"), ("fused", torch.bfloat16, "all")])
+def test_memory_of_copies_is_checked_before_anything_is_read(tmp_path, peer, monkeypatch, layout, dtype, copied):
+    """On the CPU, where what lies in the file as it is used stays there: a cache that fits alone does not beside the copies."""
+    config = read_config(write(tmp_path, peer, layout))
+    wqkv, experts = 2 * (4 + 2 * 2) * 64 * 128, 2 * 4 * 3 * 96 * 128  # layers, heads of 64 from 128; experts of three matrices
+    size = {"wqkv": wqkv, "experts": wqkv + experts, "all": config.parameters()}[copied] * dtype.itemsize
+    meminfo = tmp_path / "meminfo"
+    needed = -(-(size + config.cache_bytes(1000, dtype.itemsize)) // 1024)
+    monkeypatch.setattr("mixtral_model.weights.Path", lambda path: meminfo if path == "/proc/meminfo" else Path(path))
+    monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("read"))
+    meminfo.write_text(f"MemTotal: 24000000 kB\nMemAvailable: {needed - 1} kB\n")
+    with pytest.raises(TooLarge, match=f"{'weights' if copied == 'all' else 'copies of weights'} of 0.0 GB in {dtype} and a cache of 0.0 GB do not "
+                                       "fit into the memory of cpu: 24.6 GB, 0.0 GB of it free"):
+        Model.load(tmp_path, dtype, cache_positions=1000)
+    meminfo.write_text(f"MemTotal: 24000000 kB\nMemAvailable: {needed} kB\n")
+    with pytest.raises(pytest.fail.Exception, match="read"):
+        Model.load(tmp_path, dtype, cache_positions=1000)
 
 
 def test_a_gpu_that_is_too_small(tmp_path, peer, monkeypatch):

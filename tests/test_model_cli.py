@@ -112,8 +112,8 @@ def test_errors_have_a_message_and_no_traceback(checkpoint, arguments, message, 
 def test_a_gpu_must_hold_weights_and_cache(checkpoint, monkeypatch):
     asked = []
 
-    def check_memory(config, dtype, device, positions):
-        asked.append((dtype, str(device), positions))
+    def check_memory(config, dtype, device, positions, mapped):
+        asked.append((dtype, str(device), positions, mapped))
         raise ModelError("too small")
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -123,7 +123,7 @@ def test_a_gpu_must_hold_weights_and_cache(checkpoint, monkeypatch):
             main(["generate", "--checkpoint", str(checkpoint), "--prompt", "One", "--prompt", "One two", "--max-tokens", str(count), "--dtype", "bf16",
                   "--device", "cuda"])
     longest = len(Tokenizer(checkpoint).encode("One two"))
-    assert asked == [(torch.bfloat16, "cuda", 2 * min(longest + count, WINDOW)) for count in (2, 100)]
+    assert asked == [(torch.bfloat16, "cuda", 2 * min(longest + count, WINDOW), 0) for count in (2, 100)]
 
 
 @pytest.mark.parametrize("module", ["safetensors", "tqdm", "mistral_common.tokens.tokenizers.mistral", "tokenizers"])

@@ -128,6 +128,28 @@ def test_memory_is_bounded(checkpoint, monkeypatch):
     assert max(passes) == 100
 
 
+def caches_made(monkeypatch):
+    """Positions of all sequences of each cache that is made from now on, and those for which memory was asked."""
+    made, asked, new_cache = [], [], Model.new_cache
+
+    def seen(self, *arguments):
+        cache = new_cache(self, *arguments)
+        made.append(len(cache.lengths) * cache.capacity)
+        return cache
+    monkeypatch.setattr(Model, "new_cache", seen)
+    monkeypatch.setattr("mixtral_model.weights.check_memory", lambda config, dtype, device, positions, mapped: asked.append(positions))
+    return made, asked
+
+
+@pytest.mark.parametrize("window, chunk", [(WINDOW, 30), (WINDOW, 200), (None, 30), (None, 200), (None, 10**6)])
+def test_positions_that_a_plan_takes(checkpoint, monkeypatch, window, chunk):
+    model = Model.load(checkpoint[0][window])
+    plan = make_plan(model.config, _texts(120), [8, 40], 8, chunk_size=chunk)
+    made, _ = caches_made(monkeypatch)
+    measure(model, plan)
+    assert plan.cache_positions() == max(made)
+
+
 def test_broken_weights_are_named(checkpoint):
     model = Model.load(checkpoint[0][None])
     model.weights.norm[3] = torch.nan
@@ -191,6 +213,12 @@ def test_command(with_tokenizer, tmp_path, capsys):
         assert float(row["nll"]) == pytest.approx(means[row["window"], int(row["context"])], abs=2e-5)
         assert float(row["perplexity"]) == pytest.approx(math.exp(float(row["nll"])))
     assert (tmp_path / "out/deep/perplexity.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_memory_of_the_cache_is_asked_for(with_tokenizer, monkeypatch):
+    made, asked = caches_made(monkeypatch)
+    _run(with_tokenizer[0], "--context", 8, 32, "--chunk-size", 70)
+    assert asked == [max(made)]
 
 
 def test_without_matplotlib_and_without_output(with_tokenizer, tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from mixtral_model.routing import (Routing, check_request, domain_files, expert_
                                    top_tokens)
 from model_checkpoints import VOCAB, WINDOW, load_peer, mixtral_tokenizer, one_thread, tiny, write  # noqa: F401
 from test_model_cuda import Peer
+from test_model_perplexity import caches_made
 
 SHAPES = [(4, 2), (3, 1), (1, 1), (5, 3), (2, 2)]
 
@@ -218,6 +219,15 @@ def test_command_with_other_experts(tmp_path, checkpoint, capsys, experts, top_k
     assert len(rows) == experts and sum(float(row["slot_share"]) for row in rows) == pytest.approx(1)
     assert [row["pairs"] for row in _read(tmp_path / "out/repetition.csv")] == ["0" if text == "" else str(int(rows[0]["tokens"]) - 1)] * 2
     assert sum(path.suffix == ".png" for path in (tmp_path / "out").iterdir()) == 3
+
+
+@pytest.mark.parametrize("arguments", [["--text", "empty"], ["--text", "empty", "--context", "100"], ["--text", "empty", "code.py", "--context", "10"],
+                                       ["--text", "prose.txt", "empty"]])
+def test_memory_of_the_cache_is_asked_for(checkpoint, monkeypatch, arguments):
+    made, asked = caches_made(monkeypatch)
+    monkeypatch.chdir(checkpoint[0])
+    main(["routing", "--checkpoint", ".", *arguments])
+    assert asked == [max(made)]
 
 
 def test_without_matplotlib_and_without_output(checkpoint, tmp_path, capsys, monkeypatch):

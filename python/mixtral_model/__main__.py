@@ -4,16 +4,14 @@ import dataclasses
 import os
 import sys
 
-import torch
-
 from .config import ModelError, read_config
 from .generate import Speed, check_request, generate
 from .model import Cache, Model
-from .output import make_directory
+from .output import make_directory, progress
 from .random_weights import MODELS, random_config
 from .tokenizer import TextStream, Tokenizer
+from .weights import DTYPES
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEVICE = dict(choices=("cpu", "cuda"), default="cpu", help="cuda: an NVIDIA GPU, in bf16 or f16 (default: cpu)")
 
 
@@ -64,23 +62,24 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--context", type=int, metavar="N", help="texts are read in segments of N tokens (default: 4096, or what the model allows)")
     command.add_argument("--top", type=int, default=10, metavar="N", help="tokens listed per expert (default: 10)")
 
-    command = commands.add_parser("bench", help="speed and memory of a whole model, beside the machine's limits and transformers")
+    command = commands.add_parser("bench", allow_abbrev=False, help="speed and memory of a whole model, beside the machine's limits and transformers")
     command.set_defaults(run=_bench)
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", metavar="DIR", help="transformers or Mistral layout, safetensors")
     what.add_argument("--random-weights", choices=MODELS, help="a published model with random weights")
-    command.add_argument("--layers", type=int, help="of --random-weights only the first so many")
+    command.add_argument("--layers", type=int, metavar="N", help="of --random-weights only the first N layers")
     command.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences that are decoded together (default: 1 8)")
     command.add_argument("--prompt-tokens", type=int, default=2048, help="of the one prompt that is read (default: 2048)")
     command.add_argument("--context", type=int, help="tokens in the cache of a sequence when decoding begins (default: as the prompt)")
     command.add_argument("--new-tokens", type=int, default=64, help="decoding steps that are timed (default: 64)")
     command.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers on the same weights (default: yes)")
-    command.add_argument("--json", metavar="FILE", help="writes the results there")
+    command.add_argument("--json", metavar="FILE", help="the results, written anew after each peer")
     command.add_argument("--quick", action="store_true", help="few repetitions: shows that it works, not how fast")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
     command.add_argument("--device", **DEVICE)
 
-    arguments = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv, argparse.Namespace(argv=argv))
     try:
         arguments.run(arguments)
         if sys.stdout:
@@ -112,12 +111,8 @@ def _read_prompt(path):
         raise ModelError(f"{path}: expected UTF-8 text: {error}") from None
 
 
-def _load(arguments, cache_positions: int = 0) -> Model:
-    from tqdm import tqdm
-    with tqdm(desc=f"loading {arguments.checkpoint}", unit=" tensors", leave=False) as bar:
-        def on_tensor(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+def _load(arguments, cache_positions: int) -> Model:
+    with progress(f"loading {arguments.checkpoint}", "tensors") as on_tensor:
         return Model.load(arguments.checkpoint, DTYPES.get(arguments.dtype), on_tensor, arguments.device, cache_positions)
 
 
@@ -157,8 +152,9 @@ def _generate(arguments) -> None:
             for kind, ids, logprobs in (("prompt", prompt[1:], result.prompt_logprobs), ("new", result.token_ids, result.logprobs)):
                 for token, logprob in zip(ids, logprobs):
                     print(f"{kind:6} {token:6d} {logprob:10.4f}  {tokenizer.decode([token])!r}")
+    capture = " (with the capture of the step)" if model.device.type == "cuda" else ""
     print(f"{speed.prompt_tokens} prompt tokens at {speed.prefill:.1f} tokens/s, {speed.new_tokens} new tokens at "
-          f"{speed.decode:.1f} tokens/s, {', '.join(result.finish_reason for result in results)}", file=sys.stderr)
+          f"{speed.decode:.1f} tokens/s{capture}, {', '.join(result.finish_reason for result in results)}", file=sys.stderr)
 
 
 def _inspect(arguments) -> None:
@@ -193,7 +189,7 @@ def _perplexity(arguments) -> None:
     texts = [(path, tokenizer.encode(_read_prompt(path))) for path in arguments.text]
     plan = perplexity.make_plan(config, texts, arguments.context, arguments.stride, arguments.window, arguments.chunk_size)
     output = make_directory(arguments.output)
-    model = _load(arguments)
+    model = _load(arguments, plan.cache_positions())
     with tqdm(desc="perplexity", total=plan.tokens_read(), unit=" tokens", leave=False) as bar:
         points = perplexity.measure(model, plan, bar.update)
     perplexity.show(points, plan, output)
@@ -209,7 +205,8 @@ def _routing(arguments) -> None:
                for name, paths in routing.domain_files(arguments.text, arguments.domain).items()}
     context = routing.check_request(config, domains, arguments.context, arguments.chunk_size, arguments.top)
     output = make_directory(arguments.output)
-    model = _load(arguments)
+    longest = max(len(text) for texts in domains.values() for text in texts)
+    model = _load(arguments, Cache.positions(config, min(context, longest)))
     with tqdm(desc="routing", total=sum(len(text) for texts in domains.values() for text in texts), unit=" tokens", leave=False) as bar:
         recorded = {name: routing.record(model, texts, context, arguments.chunk_size, bar.update) for name, texts in domains.items()}
     routing.show(recorded, config, tokenizer, arguments.top, output)

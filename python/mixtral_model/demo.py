@@ -12,8 +12,9 @@ from torch import Tensor
 from .config import ModelError, read_config
 from .generate import Speed, generate
 from .model import Model
+from .output import new_figure, plots_are_possible, save_figure
 from .tokenizer import TextStream, Tokenizer
-from .weights import find_device
+from .weights import DTYPES, find_device
 
 CONFIG = dict(architectures=["MixtralForCausalLM"], model_type="mixtral", vocab_size=32000, hidden_size=512,
               intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
@@ -22,12 +23,11 @@ CONFIG = dict(architectures=["MixtralForCausalLM"], model_type="mixtral", vocab_
               tie_word_embeddings=False, dtype="float32", bos_token_id=1, eos_token_id=None)
 PROMPT_TOKENS = 2048  # eight windows
 NEW_TOKENS = 64
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def demo(output: str | Path, device: str = "cpu") -> None:
     output, device = Path(output), find_device(device)
-    first, *more = DTYPES if device.type == "cpu" else ("bf16",)
+    first, *more = ("f32", "bf16") if device.type == "cpu" else ("bf16",)
     directory = output / "checkpoint"
     write_checkpoint(directory)
     config, tokenizer = read_config(directory), Tokenizer(directory)
@@ -44,6 +44,7 @@ def demo(output: str | Path, device: str = "cpu") -> None:
     print(stream.flush() + "\n")
     load = load.cpu()
     _show_load(load, output)
+    print()
 
     size = DTYPES[first].itemsize
     rows = [("prompt read through the window", f"{len(prompt)} tokens, {windows}", ""),
@@ -76,7 +77,8 @@ def demo(output: str | Path, device: str = "cpu") -> None:
     for dtype, (ours, theirs) in speeds.items():
         for what in ("prefill", "decode"):
             mine, other = getattr(ours, what), getattr(theirs, what, None)
-            rows.append((f"{what}, {dtype}", f"{mine:.0f} tokens/s", f"{other:.0f} tokens/s (ours {mine / other:.1f}x)" if other else ""))
+            capture = " (ours with the capture)" if what == "decode" and device.type == "cuda" else ""
+            rows.append((f"{what}, {dtype}{capture}", f"{mine:.0f} tokens/s", f"{other:.0f} tokens/s (ours {mine / other:.1f}x)" if other else ""))
     _print_table(rows, peer)
     if failure:
         raise ModelError(failure)
@@ -175,12 +177,9 @@ def _show_load(load: Tensor, output: Path) -> None:
     print("expert load, % of rows  " + "".join(f"{f'e{e}':>6}" for e in range(load.shape[1])))
     for layer, row in enumerate(share):
         print(f"{f'layer {layer}':24}" + "".join(f"{100 * x:6.1f}" for x in row.tolist()))
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("matplotlib is not installed: no plot (pip install 'mixtral_ext[bench]')\n")
+    if not plots_are_possible():
         return
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = new_figure(8, 3.2)
     axes = figure.add_subplot()
     layers, experts = share.shape
     width = 0.8 / layers
@@ -190,8 +189,7 @@ def _show_load(load: Tensor, output: Path) -> None:
     axes.axhline(100 / experts, color="black", linewidth=0.8, linestyle="--", label="even")
     axes.set(xlabel="expert", ylabel="% of rows", xticks=range(experts), title="Expert load while reading and generating")
     figure.legend(ncols=layers + 1, fontsize="small", loc="outside lower center")
-    figure.savefig(output / "expert_load.png", dpi=150)
-    print(f"plot: {output / 'expert_load.png'}\n")
+    save_figure(figure, output / "expert_load.png")
 
 
 def _print_table(rows: list[tuple[str, str, str]], peer: str) -> None:

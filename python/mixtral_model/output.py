@@ -1,6 +1,19 @@
-"""CSV files and plots of a command, in the directory that --output names (None: no files)."""
+"""What commands show and write: progress, and CSV files and plots in the directory that --output names (None: no files)."""
 import csv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def progress(text: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar, and what moves it: f(done, total)."""
+    from tqdm import tqdm
+    with tqdm(desc=text, unit=f" {unit}", leave=False) as bar:
+        def move(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+        yield move
 
 
 def make_directory(output: str | None) -> Path | None:

@@ -1,5 +1,6 @@
 """The published models with random weights, made on the device: what speed and memory depend on, where no checkpoint is at hand."""
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ _MISTRAL_7B = dataclasses.replace(_MIXTRAL_8X7B, vocab_size=32768, num_experts=0
 MODELS = {
     "mixtral-8x7b": _MIXTRAL_8X7B,
     "mixtral-8x22b": dataclasses.replace(_MIXTRAL_8X7B, vocab_size=32768, hidden_size=6144, intermediate_size=16384, num_layers=56,
-                                         num_heads=48, max_positions=65536),
+                                         num_heads=48, max_positions=65536),  # Instruct and v0.3; the base model v0.1 has 32000 tokens
     "mistral-7b": _MISTRAL_7B,
     "mistral-7b-v0.1": dataclasses.replace(_MISTRAL_7B, vocab_size=32000, rope_theta=1e4, window=4096)}
 
@@ -33,9 +34,10 @@ def random_config(name: str | ModelConfig, layers: int | None = None) -> ModelCo
 
 
 def random_weights(name: str | ModelConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
-                   layers: int | None = None, seed: int = 0, cache_positions: int = 0) -> Model:
+                   layers: int | None = None, seed: int = 0, cache_positions: int = 0,
+                   progress: Callable[[int, int], None] = lambda done, total: None) -> Model:
     """Normal weights whose variances keep activations, router logits and attention scores of order one. TooLarge if the device has no
-    memory for them and a cache of so many positions."""
+    memory for them and a cache of so many positions. progress(done, total) counts layers."""
     config, device = random_config(name, layers), find_device(device)
     check_dtype(dtype, device)
     check_memory(config, dtype, device, cache_positions)
@@ -47,11 +49,14 @@ def random_weights(name: str | ModelConfig, device: str | torch.device = "cpu", 
 
     q, kv = config.num_heads * d, config.num_kv_heads * d
     embed = normal(v, h, scale=1.0)
-    return Model(config, Weights(
-        embed=embed, norm=ones(), head=embed if config.tie_embeddings else normal(v, h),
-        layers=[Layer(attn_norm=ones(), wqkv=normal(q + 2 * kv, h), wo=normal(h, q), mlp_norm=ones(),
-                      gate_up=normal(experts or 1, 2 * i, h), down=normal(experts or 1, h, i), router=normal(experts, h) if experts else None)
-                for _ in range(config.num_layers)]))
+    head, made = embed if config.tie_embeddings else normal(v, h), []
+    for layer in range(config.num_layers):
+        made.append(Layer(attn_norm=ones(), wqkv=normal(q + 2 * kv, h), wo=normal(h, q), mlp_norm=ones(), gate_up=normal(experts or 1, 2 * i, h),
+                          down=normal(experts or 1, h, i), router=normal(experts, h) if experts else None))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # made, not only queued
+        progress(layer + 1, config.num_layers)
+    return Model(config, Weights(embed=embed, norm=ones(), head=head, layers=made))
 
 
 class _Normal:

@@ -7,6 +7,7 @@ needs more memory than the weights. Files are read one after the other, each onc
 loading needs the weights and one tensor more there, and here one tensor and the mapped pages of one file, which the system
 may drop.
 """
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class Checkpoint:
         del self.files[name]
 
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}  # safetensors writes them in capitals
 
 _TRANSFORMERS = dict(
     embed="model.embed_tokens.weight", norm="model.norm.weight", head="lm_head.weight", layer="model.layers.{}.",
@@ -181,8 +182,8 @@ def _check(config: ModelConfig, checkpoint: Checkpoint, pieces: list[Piece]) -> 
         shape, dtype = checkpoint.header(piece.name)
         if shape != piece.shape:
             raise ModelError(f"{directory}: {piece.name}: expected shape {list(piece.shape)}, got {list(shape)}")
-        if dtype not in _DTYPES:
-            raise ModelError(f"{directory}: {piece.name}: expected dtype {', '.join(_DTYPES)}, got {dtype}")
+        if dtype.lower() not in DTYPES:
+            raise ModelError(f"{directory}: {piece.name}: expected dtype {', '.join(DTYPES).upper()}, got {dtype}")
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -202,23 +203,25 @@ class TooLarge(ModelError):
     """Weights and cache do not fit into the memory there is."""
 
 
-def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache_positions: int = 0) -> None:
-    """TooLarge unless all weights and a cache of so many positions, of all sequences together, fit into the device's free memory."""
+def check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache_positions: int = 0, mapped: int = 0) -> None:
+    """TooLarge unless the weights (without `mapped` of them, which stay in their files) and a cache of so many positions, of all
+    sequences together, fit into the device's free memory."""
     if device.type == "cuda":
         free, there = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, for reuse
     else:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         there, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    weights, cache = config.parameters() * dtype.itemsize, config.cache_bytes(cache_positions, dtype.itemsize)
+    weights, cache = (config.parameters() - mapped) * dtype.itemsize, config.cache_bytes(cache_positions, dtype.itemsize)
     if weights + cache > free:
-        raise TooLarge(f"weights of {weights / 1e9:.1f} GB in {dtype} and a cache of {cache / 1e9:.1f} GB do not fit into the memory of "
+        copies = "copies of weights" if mapped else "weights"
+        raise TooLarge(f"{copies} of {weights / 1e9:.1f} GB in {dtype} and a cache of {cache / 1e9:.1f} GB do not fit into the memory of "
                        f"{device}: {there / 1e9:.1f} GB, {free / 1e9:.1f} GB of it free")
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    if dtype not in _DTYPES.values():
-        raise ModelError(f"dtype: expected {', '.join(map(str, _DTYPES.values()))} or None, got {dtype!r}")
+    if dtype not in DTYPES.values():
+        raise ModelError(f"dtype: expected {', '.join(map(str, DTYPES.values()))} or None, got {dtype!r}")
     if device.type == "cuda" and dtype == torch.float32:
         raise ModelError(f"dtype: expected torch.bfloat16 or torch.float16 on {device}, got {dtype}")
 
@@ -227,9 +230,9 @@ def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype 
                  progress: Callable[[int, int], None] | None = None, device: str | torch.device = "cpu",
                  cache_positions: int = 0) -> Weights:
     """Weights in `dtype` (f32, bf16 or f16, on CUDA one of the last two; default: that of the embedding in the file) on
-    `device`. progress(done, total) counts tensors. cache_positions: for which a GPU must have memory too.
+    `device`. progress(done, total) counts tensors. cache_positions: for which there must be memory too.
 
-    Every name, shape and dtype is checked before the first weight is read, and a GPU's memory; ModelError says what is wrong."""
+    Every name, shape and dtype is checked before the first weight is read, and the memory; ModelError says what is wrong."""
     device = find_device(device)
     if dtype is not None:
         check_dtype(dtype, device)
@@ -237,10 +240,11 @@ def load_weights(directory: str | Path, config: ModelConfig, dtype: torch.dtype 
     top, layers = _plan(config, checkpoint)
     targets = [target for group in (top, *layers) for target in group.values()]
     _check(config, checkpoint, [piece for target in targets for piece in target.pieces])
-    dtype = dtype or _DTYPES[checkpoint.header(top["embed"].pieces[0].name)[1]]
+    dtype = dtype or DTYPES[checkpoint.header(top["embed"].pieces[0].name)[1].lower()]
     check_dtype(dtype, device)
-    if device.type == "cuda":  # on the CPU most weights stay in the files
-        check_memory(config, dtype, device, cache_positions)
+    mapped = sum(math.prod(target.shape) for target in targets if device.type == "cpu" and target.pieces[0].part is None
+                 and DTYPES[checkpoint.header(target.pieces[0].name)[1].lower()] == dtype)
+    check_memory(config, dtype, device, cache_positions, mapped)
 
     wanted = {piece.name: (target, piece) for target in targets for piece in target.pieces}
     done = 0
