@@ -1,36 +1,44 @@
 """python -m mixtral_model bench: how fast a whole model reads and writes, beside what the machine allows and transformers on the same weights.
 
-A decoding step is generate()'s own: the next one is under way while the host reads the tokens. Its cache holds random numbers. What it must
-move are the weights that all tokens pass through, the experts that this batch chose (counted, not a formula), the head and the keys and values
-that it sees; the limit is that over the measured bandwidth of the machine.
+A decoding step is generate()'s own: the next one is under way while the host reads the tokens. All that is said of a batch begins in one state:
+`context` positions of seeded random keys and values, and seeded tokens. What a step must move are the weights that all tokens pass through, the
+experts that the batch chose (counted in a second run of the same text), the head and the keys and values that it sees; the limit is that over
+the measured bandwidth of the machine.
+
+Before anything is timed its logits are compared with those of transformers in f32 on the same weights and the same cache, whose tokens go to
+the experts that ours chose: so the step that is replayed on a GPU is the one that is compared.
 """
 import json
+import shlex
 import statistics
-import sys
 import time
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
+from . import timing
 from .config import ModelConfig, ModelError, read_config
 from .decode import Decoder
 from .generate import prefill
-from .model import Cache, Model
+from .model import Cache, Model, upload
+from .output import progress
 from .random_weights import random_config, random_weights
-from .weights import TooLarge, Weights, check_dtype, check_memory, find_device
+from .weights import DTYPES, TooLarge, Weights, check_dtype, check_memory, find_device
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-WARM_UP = 5      # steps before those that are timed: on a GPU two calls, a capture and two replays
-PROFILED = 3     # steps after them
-CHECKED = 64     # tokens whose logits are compared with transformers'
-TOLERANCE = {"f32": 1e-4, "f16": 5e-3, "bf16": 2e-2}
 CHUNK = 2048
-PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "linear", "mkldnn_linear", "bmm")}
+CHECKED = 64     # tokens of a prompt whose logits are compared
+WARM_UP = 5      # steps before all others: on a GPU two calls, a capture and three replays
+FORCED = 16      # steps whose logits are compared; all candidates read the same tokens
+COUNTED = 16     # steps whose experts are counted, at most
+PROFILED = 16    # steps beside those that are timed
+COMPILED_BEFORE = 120  # seconds of peers after which none is compiled any more
+TOLERANCE = {"f32": 1e-4, "f16": 5e-3, "bf16": 2e-2}      # of logits, where transformers itself is not further from its f32
+PEER_TOLERANCE = {"f32": 1e-3, "f16": 5e-2, "bf16": 0.1}  # more in transformers itself: it computes something else
+OWN_EXPERTS = 0.5    # the same where it chooses the experts: measured 0.27 for 32 layers in bf16, unrelated logits give 1.4
+ELSEWHERE = 0.1      # share of tokens that rounding may send to other experts: measured 0.02
 
 
 def bench(arguments: Namespace) -> None:
@@ -41,35 +49,43 @@ def bench(arguments: Namespace) -> None:
     name = arguments.random_weights or Path(arguments.checkpoint).resolve().name
     print(f"{name}, {config.num_layers} of {of_layers} layers, {config.parameters() / 1e9:.2f} B parameters, "
           f"{config.parameters() * dtype.itemsize / 1e9:.1f} GB in {arguments.dtype}, on {device}", flush=True)
-    positions = max(run.prompt_tokens, *(batch * Cache.positions(config, run.longest) for batch in run.batches))
     check_dtype(dtype, device)
-    if arguments.random_weights or device.type == "cuda":  # a checkpoint on the CPU stays in its files
-        try:
-            check_memory(config, dtype, device, positions)
-        except TooLarge as error:
-            print(f"not run: {error}")
-            return
-    report = {"kind": "model", "machine": machine.describe(device), "command": " ".join(["python -m mixtral_model", *sys.argv[1:]]),
-              "quick": arguments.quick, "state": {"before": machine.state(device)}, "limits": machine.limits(device, arguments.quick)}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    path = Path(arguments.json) if arguments.json else None
     try:
-        model = random_weights(config, device, dtype) if arguments.random_weights else Model.load(arguments.checkpoint, dtype, device=device)
-        peer, peers = _peer(model) if arguments.peers else (None, {"transformers": "absent: not asked for"})
-        report |= {"peers": peers, "check": _check(model, peer, arguments.dtype) if peer else None,
-                   "model": {"name": name, "layers": config.num_layers, "of_layers": of_layers, "dtype": arguments.dtype,
-                             "parameters": config.parameters(), "random": bool(arguments.random_weights)}}
-        finish = machine.watch(device)
+        if arguments.random_weights or device.type == "cuda":  # for a checkpoint on the CPU its layout decides
+            check_memory(config, dtype, device, run.cache_positions())
+        if path:  # what cannot be written ends the run here
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+        report = {"kind": "model", "machine": machine.describe(device), "command": _command(arguments.argv), "quick": arguments.quick,
+                  "state": {"before": machine.state(device)}, "limits": machine.limits(device, arguments.quick),
+                  "model": {"name": name, "layers": config.num_layers, "of_layers": of_layers, "dtype": arguments.dtype,
+                            "parameters": config.parameters(), "random": bool(arguments.random_weights)}, "rows": []}
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        report |= run.measure(model, peer, f"transformers {peers['transformers']}", report["limits"])
+            torch.cuda.empty_cache()
+        model = _model(arguments, config, dtype, device, run.cache_positions())
+    except TooLarge as error:
+        print(f"not run: {error}")
+        if path and path.is_file() and not path.stat().st_size:
+            path.unlink()
+        return
+
+    def save():
+        if path:
+            path.write_text(json.dumps(report, indent=1) + "\n")
+
+    finish = machine.watch(device)
+    try:
+        peer, report["peers"] = _peer(model) if arguments.peers else (None, {"transformers": "absent: not asked for"})
+        run.measure(model, peer, report, save)
     except torch.OutOfMemoryError as error:  # of a GPU that holds weights and cache, but not what a pass takes beside them
         raise ModelError(f"the memory of {device} is too small for what a pass takes beside weights and cache: {error}") from None
-    report["state"] |= {"during": finish(), "after": machine.state(device)}
+    finally:
+        report["state"] |= {"during": finish(), "after": machine.state(device)}
+    save()
     _show(report)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
-        print(f"results: {arguments.json}")
+    if path:
+        print(f"results: {path}")
 
 
 def _config(arguments: Namespace) -> ModelConfig:
@@ -78,6 +94,28 @@ def _config(arguments: Namespace) -> ModelConfig:
     if arguments.layers is not None:
         raise ModelError("layers: only --random-weights can be shortened")
     return read_config(arguments.checkpoint)
+
+
+def _command(argv: list[str]) -> str:
+    """The command line, without the path of the results and that of the checkpoint but for its name."""
+    words, rest = [], iter(argv)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option in ("--json", "--checkpoint"):
+            value = value if equals else next(rest)
+        if option == "--checkpoint":
+            words += [option, Path(value).resolve().name]
+        elif option != "--json":
+            words.append(word)
+    return shlex.join(["python", "-m", "mixtral_model", *words])
+
+
+def _model(arguments: Namespace, config: ModelConfig, dtype: torch.dtype, device: torch.device, cache_positions: int) -> Model:
+    if arguments.random_weights:
+        with progress("random weights", "layers") as on_layer:
+            return random_weights(config, device, dtype, cache_positions=cache_positions, progress=on_layer)
+    with progress(f"loading {arguments.checkpoint}", "tensors") as on_tensor:
+        return Model.load(arguments.checkpoint, dtype, on_tensor, device, cache_positions)
 
 
 def _peer(model: Model):
@@ -93,33 +131,11 @@ def _peer(model: Model):
         return None, {"transformers": f"failed: {type(failure).__name__}: {failure}"}
 
 
-@torch.inference_mode()
-def _check(model: Model, peer, dtype: str) -> dict[str, float]:
-    """The error of our logits and transformers', from its f32 on the same weights; refuses ours if it is larger than it may be.
-
-    The median over positions: of a deep model with random weights some tokens get other experts by rounding alone. The last positions are
-    decoded one by one."""
-    from .transformers_peer import in_float32
-    ids = torch.randint(model.config.vocab_size, (CHECKED,), generator=torch.Generator().manual_seed(0)).tolist()
-    tokens = torch.tensor([ids], device=model.device)
-    with in_float32(peer):
-        exact = peer(tokens, use_cache=False).logits[0]
-    cache, start = model.new_cache(1, CHECKED), CHECKED * 3 // 4
-    chunks = [ids[:start]] + [[token] for token in ids[start:]]
-    ours = model.logits(torch.cat([model.forward([chunk], cache, [0]) for chunk in chunks]))
-    found = {name: float(((logits.float() - exact).norm(dim=1) / exact.norm(dim=1)).median())
-             for name, logits in (("error", ours), ("error of transformers", peer(tokens, use_cache=False).logits[0]))}
-    allowed = max(TOLERANCE[dtype], 2 * found["error of transformers"])
-    if not found["error"] <= allowed:
-        raise ModelError(f"our logits are wrong: expected a relative error of at most {allowed:.2g} from transformers' in f32, "
-                         f"got {found['error']:.2g}")
-    return found | {"allowed": allowed}
-
-
 class Run:
     """What is measured: one prompt that is read, and steps of each batch."""
 
     def __init__(self, config: ModelConfig, arguments: Namespace):
+        self.config, self.dtype = config, arguments.dtype
         self.prompt_tokens, self.steps, self.quick = arguments.prompt_tokens, arguments.new_tokens, arguments.quick
         self.context = self.prompt_tokens if arguments.context is None else arguments.context
         self.batches = arguments.batch
@@ -127,63 +143,74 @@ class Run:
                              ("batch", self.batches)):
             if min(values) < 1:
                 raise ModelError(f"{name}: expected at least 1, got {min(values)}")
-        self.longest = self.context + WARM_UP + self.steps + PROFILED
+        self.longest = self.context + WARM_UP + FORCED + 1 + self.steps + PROFILED
         if config.window is None and max(self.longest, self.prompt_tokens) > config.max_positions:
             raise ModelError(f"context: expected at most {config.max_positions} positions (the model has no window), "
                              f"got {max(self.longest, self.prompt_tokens)}")
+        self.exact = {}  # batch -> logits [B, FORCED, V] of transformers in f32, on the CPU
 
-    def measure(self, model: Model, peer, peer_name: str, limits: dict[str, float]) -> dict:
+    def cache_positions(self) -> int:
+        return max(Cache.positions(self.config, self.prompt_tokens), max(self.batches) * Cache.positions(self.config, self.longest))
+
+    def measure(self, model: Model, peer, report: dict, save: Callable[[], None]) -> None:
+        """Fills the report, which is saved after each row of ours and each peer."""
         from tqdm import tqdm
-        bar = tqdm(total=(1 + len(self.batches)) * (2 if peer else 1), unit=" measurements", leave=False)
-
-        def progress(text):
-            bar.set_description(text)
-            return bar
-
-        rows = []
-        progress("prefill")
-        rows.append(self.prefill(model))
-        bar.update()
-        for batch in self.batches:
-            progress(f"decode, batch {batch}")
-            rows.append(self.decode(model, batch))
-            bar.update()
-        found = {"memory": memory(model, max(self.batches) * Cache.positions(model.config, self.longest)),
-                 "launches": self.launches(model)}
-        if peer:  # after ours, since it may need more memory
-            for row in rows:
-                progress(f"transformers, {row['what']}, batch {row['batch']}")
-                self.beside(row, model, peer, peer_name)
+        name = f"transformers {report['peers']['transformers']}"
+        check = None
+        if peer:
+            check = _check_prefill(model, peer, self.dtype, name)
+            if not check["error of transformers"] <= PEER_TOLERANCE[self.dtype]:
+                peer, report["peers"] = None, {"transformers": f"failed: its logits are off by {check['error of transformers']:.2g} from its own in f32"}
+        allocated = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0  # our weights, and what the peer copied
+        kinds = [] if peer is None else ["eager"] if model.device.type == "cpu" else ["eager", "compiled"]
+        with tqdm(total=(1 + len(self.batches)) * (1 + len(kinds)), unit=" measurements", leave=False) as bar:
+            for batch in (None, *self.batches):
+                bar.set_description("prefill" if batch is None else f"decode, batch {batch}")
+                row = self.prefill(model) | {"check": check} if batch is None else self.decode(model, batch, peer, name)
+                report["rows"].append(row | _limit(row, report["limits"], model))
+                save()
                 bar.update()
-        bar.close()
-        bandwidth = max(limits["copy_tb_s"], limits["read_tb_s"])
-        products = limits["f32_tflop_s" if model.weights.embed.dtype == torch.float32 else "bf16_tflop_s"]
-        for row in rows:
-            row["limit_us"] = 1e-6 * max(row["bytes"] / bandwidth, row["flops"] / products)
-            row["share"] = row["limit_us"] / row["ours"]["us_a_step"]
-        return found | {"rows": rows}
+            report |= {"memory": memory(model, report["rows"], allocated), "launches": self.launches(model)}
+            start = time.perf_counter()
+            for kind in kinds:  # after ours, since they may need more memory
+                for row in report["rows"]:
+                    bar.set_description(f"{name} {kind}, {row['what']}, batch {row['batch']}")
+                    if kind == "eager" or row["what"] == "decode":
+                        why = kind == "compiled" and self.not_compiled(row, time.perf_counter() - start)
+                        row["peers"][f"{name} {kind}"] = {"skipped": why} if why else self.beside(row, model, peer, kind == "compiled")
+                        save()
+                    bar.update()
 
     def prefill(self, model: Model) -> dict:
-        prompt = _ids(model, self.prompt_tokens, 1)
-        load = torch.zeros(model.config.num_layers, model.config.num_experts, dtype=torch.int64, device=model.device)
+        prompt, c, touched = _ids(model, self.prompt_tokens, 1), model.config, []
+        load = torch.zeros(c.num_layers, c.num_experts, dtype=torch.int64, device=model.device)
 
-        def read(expert_load=None):
+        def count(tokens):
+            touched.append((load > 0).sum(1).tolist() if c.num_experts else [1] * c.num_layers)
+            load.zero_()
+
+        def read(**counting):
             cache = model.new_cache(1, len(prompt))
-            model.logits(prefill(model, cache, [prompt], CHUNK, expert_load=expert_load)).argmax().item()
-        read(load)  # warm-up
-        seconds = _times(read, 1 if self.quick else 3)
-        chunks = -(-len(prompt) // CHUNK)
-        pairs = sum(min(p + 1, model.config.window or p + 1) for p in range(len(prompt)))
-        touched = (load > 0).sum(1).tolist() if model.config.num_experts else [1] * model.config.num_layers
-        return {"what": "prefill", "batch": 1, "tokens": len(prompt), "context": 0, "ours": _result(seconds, len(prompt)), "peers": {},
-                "bytes": chunks * weight_bytes(model, touched) + len(prompt) * model.config.cache_bytes(1, _itemsize(model)),
-                "flops": flops(model, len(prompt), 1, pairs)} | _ops(read, seconds, model.device)
+            model.logits(prefill(model, cache, [prompt], CHUNK, **counting)).argmax().item()
+        read(on_prefill=count, expert_load=load)  # warm-up
+        _reset_peak(model.device)
+        seconds, inside = timing.measure(read, 1 if self.quick else 3, 1, model.device)
+        pairs = sum(min(p + 1, c.window or p + 1) for p in range(len(prompt)))
+        return {"what": "prefill", "batch": 1, "tokens": len(prompt), "context": 0, "ours": timing.result(seconds, len(prompt)), "peers": {},
+                "bytes": weight_bytes(model, *touched) + len(prompt) * c.cache_bytes(1, _itemsize(model)),
+                "flops": flops(model, len(prompt), 1, pairs),
+                "cache_bytes": c.cache_bytes(Cache.positions(c, len(prompt)), _itemsize(model)), "peak_bytes": _peak(model.device)} | inside
 
-    def decode(self, model: Model, batch: int) -> dict:
-        """After WARM_UP steps, with about half of the timed ones in the cache."""
+    def decode(self, model: Model, batch: int, peer=None, peer_name: str = "") -> dict:
         c = model.config
         touched = self.touched(model, batch)
+        _reset_peak(model.device)
         decoder = self.decoder(model, batch)
+        for _ in range(WARM_UP):
+            list(decoder.next().read())
+        peak = _peak(model.device)  # with the capture, which allocates what replays use
+        check = self.check(decoder, peer, peer_name)
+        self.reset(decoder)
         sent = decoder.next()
 
         def step():
@@ -191,81 +218,184 @@ class Run:
             ahead = decoder.next()
             list(sent.read())
             sent = ahead
-        for _ in range(WARM_UP - 1):
-            step()
-        seconds = _times(step, self.steps)
-        visible = min(self.context + WARM_UP + self.steps // 2, c.window or self.longest)
-        row = {"what": "decode", "batch": batch, "tokens": batch, "context": self.context, "ours": _result(seconds, batch), "peers": {},
-               "bytes": weight_bytes(model, touched) + batch * (visible * c.cache_bytes(1, _itemsize(model)) + c.hidden_size * _itemsize(model)),
-               "flops": flops(model, batch, batch, batch * visible),
-               "experts touched a layer": statistics.mean(touched) if c.num_experts else None}
-        return row | _ops(step, seconds, model.device, PROFILED)
+        seconds, inside = timing.measure(step, self.steps, PROFILED, model.device)
+        visible = min(self.context + 1 + self.steps // 2, c.window or self.longest)
+        return {"what": "decode", "batch": batch, "tokens": batch, "context": self.context, "ours": timing.result(seconds, batch), "peers": {},
+                "bytes": weight_bytes(model, touched) + batch * (visible * c.cache_bytes(1, _itemsize(model)) + c.hidden_size * _itemsize(model)),
+                "flops": flops(model, batch, batch, batch * visible),
+                "experts touched a layer": statistics.mean(touched) if c.num_experts else None, "check": check,
+                "cache_bytes": batch * c.cache_bytes(decoder.cache.capacity, _itemsize(model)), "peak_bytes": peak} | inside
 
-    def decoder(self, model: Model, batch: int, **settings) -> Decoder:
+    # The state in which everything begins
+
+    def content(self, model: Model, batch: int) -> tuple[Tensor, Tensor]:
+        """Random keys and values [B, n, Hk, D] of the last positions before `context`, as many as a window holds; each layer gets the same."""
+        c = model.config
+        generator = torch.Generator(model.device).manual_seed(batch)
+        shape = batch, min(self.context, c.window or self.context), c.num_kv_heads, c.head_dim
+        return tuple(torch.empty(shape, dtype=model.weights.embed.dtype, device=model.device).normal_(generator=generator) for _ in "kv")
+
+    def decoder(self, model: Model, batch: int, expert_load: Tensor | None = None) -> Decoder:
         cache = model.new_cache(batch, self.longest)
-        for ts in (cache.keys, cache.values):
-            ts[0].normal_()
-            for t in ts[1:]:
-                t.copy_(ts[0])
         cache.lengths = [self.context] * batch
-        decoder = Decoder(model, cache, self.longest - self.context, **settings)
-        decoder.tokens.copy_(torch.tensor(_ids(model, batch, 2)))
-        return decoder
+        return Decoder(model, cache, self.longest - self.context, expert_load=expert_load)
 
+    def reset(self, decoder: Decoder) -> None:
+        cache, model, device, batch = decoder.cache, decoder.model, decoder.model.device, len(decoder.rows)
+        keys, values = self.content(model, batch)
+        slots = torch.arange(self.context - keys.shape[1], self.context, device=device) % cache.capacity
+        for of_layers, given in ((cache.keys, keys), (cache.values, values)):
+            for t in of_layers:
+                t[:, slots] = given
+        decoder.tokens.copy_(upload(_ids(model, batch, 2), torch.int32, device))
+        decoder.lengths.fill_(self.context)
+        decoder.live.fill_(1)
+
+    # What is known of the steps that are timed
+
+    @torch.inference_mode()
     def touched(self, model: Model, batch: int) -> list[float]:
-        """Experts of each layer that a step of the batch reads: means over some steps."""
+        """Experts of each layer that a step reads: means over the timed steps, as far as COUNTED. The first step is not timed."""
         if not model.config.num_experts:
             return [1] * model.config.num_layers
         load = torch.zeros(model.config.num_layers, model.config.num_experts, dtype=torch.int64, device=model.device)
-        decoder = self.decoder(model, batch, expert_load=load, captures=lambda function, device: function)
-        counts = []
-        for _ in range(2 if self.quick else 8):
+        decoder, counts = self.decoder(model, batch, load), []
+        self.reset(decoder)
+        for _ in range(1 + min(self.steps, 2 if self.quick else COUNTED)):
             load.zero_()
-            list(decoder.next().read())
+            decoder.step()
             counts.append((load > 0).sum(1).tolist())
-            if len(counts) == WARM_UP + self.steps:
-                break
-        return [statistics.mean(of_layer) for of_layer in zip(*counts)]
+        return [statistics.mean(of_layer) for of_layer in zip(*counts[1:])]
 
-    def launches(self, model: Model) -> dict | None:
-        """Kernels of a step of the smallest batch; those of a layer are what the last one adds."""
-        if model.device.type != "cuda":
-            return {"per_layer": None, "per_step": None, "by_name": {}}
+    def forced(self, model: Model, batch: int) -> Tensor:
+        """Tokens i64 [B, FORCED]."""
+        return torch.tensor(_ids(model, batch * FORCED, 3), device=model.device).view(batch, FORCED)
 
+    @torch.inference_mode()
+    def check(self, decoder: Decoder, peer, peer_name: str) -> dict:
+        """The error of the steps that will be timed, captured where they are; refuses them if it is larger than it may be."""
+        model, batch = decoder.model, len(decoder.rows)
+        tokens = self.forced(model, batch)
+
+        def steps(call):
+            self.reset(decoder)
+            logits, choices = [], []
+            for given in tokens.unbind(1):
+                decoder.tokens.copy_(given)
+                call()
+                logits.append(decoder.logits.to(torch.float32, copy=True))  # a replay overwrites them
+                choices.append([ids.clone() for ids in decoder.choices])
+            return torch.stack(logits, 1), [torch.stack(of_layer, 1).flatten(0, 1) for of_layer in zip(*choices)]
+
+        logits, choices = steps(lambda: list(decoder.next().read()))
+        if peer is None:
+            error, allowed = _error(logits, steps(decoder.step)[0]), TOLERANCE[self.dtype]
+            if not error <= allowed:
+                raise ModelError(f"our logits are wrong: expected a relative error of at most {allowed:.2g} from the same steps, not captured, got {error:.2g}")
+            return {"against": "the same steps, not captured", "error": error, "allowed": allowed}
+        from .transformers_peer import read_on
+        keys, values = self.content(model, batch)
+        found, exact = _verify(peer, lambda dtype: read_on(peer, model.config, keys.to(dtype), values.to(dtype), self.context, tokens),
+                               logits, choices, self.dtype, peer_name)
+        self.exact[batch] = exact.cpu()
+        return found
+
+    @torch.inference_mode()
+    def launches(self, model: Model) -> dict:
+        """Kernels of a step of the smallest batch, and copies; those of a layer are what the last one adds. None where they are not seen."""
         def count(model):
-            decoder = self.decoder(model, min(self.batches), captures=lambda function, device: function)
-            list(decoder.next().read())
-            return _inside(lambda: list(decoder.next().read()), 1, model.device)[1]
-        w = model.weights
-        shorter = Model(model.config, Weights(w.embed, w.norm, w.head, w.layers[:-1]))
-        by_name, without_last = count(model), count(shorter)
-        total = sum(by_name.values())
-        return {"per_layer": total - sum(without_last.values()), "per_step": total, "by_name": by_name}
+            decoder = self.decoder(model, min(self.batches))
+            self.reset(decoder)
+            decoder.step()
+            return timing.inside(decoder.step, 1, model.device)[1:]
 
-    def beside(self, row: dict, model: Model, peer, name: str) -> None:
+        kernels, copies = count(model)
+        if not kernels:  # on the CPU there are none
+            return {"per_layer": None, "per_step": None, "by_name": {}, "copies": {}}
+        w, total = model.weights, sum(kernels.values())
+        without_last = count(Model(model.config, Weights(w.embed, w.norm, w.head, w.layers[:-1])))[0]
+        return {"per_layer": total - sum(without_last.values()), "per_step": total, "by_name": kernels, "copies": copies}
+
+    # transformers
+
+    def not_compiled(self, row: dict, seconds: float) -> str | None:
+        if self.config.window is not None:
+            return "its static cache of a window counts in Python numbers, so each step would be compiled anew"
+        if row["batch"] != self.batches[0]:
+            return "compiled for the first batch alone, since it takes minutes"
+        if seconds > COMPILED_BEFORE:
+            return f"the peers had taken {seconds:.0f} s, and compiling takes minutes"
+        return None
+
+    def beside(self, row: dict, model: Model, peer, compiled: bool) -> dict:
         """transformers in the same row; what fails is said there."""
         from . import transformers_peer
-        ids = torch.tensor(_ids(model, row["tokens"], 1 if row["what"] == "prefill" else 2), device=model.device)
-
-        def eager():
-            if row["what"] == "prefill":
-                return lambda: transformers_peer.prefill(peer, ids.tolist(), CHUNK).argmax().item()
-            return transformers_peer.decode_step(peer, model, ids, self.context, WARM_UP + self.steps, False)
-
-        candidates = {f"{name} eager": eager}
-        if model.device.type == "cuda" and row["what"] == "decode":
-            candidates[f"{name} compiled"] = lambda: transformers_peer.decode_step(peer, model, ids, self.context, WARM_UP + self.steps, True)
-        for key, make in candidates.items():
-            try:
-                call = make()
-                runs = min(self.steps, 3 if self.quick else 16) if row["what"] == "decode" else 1 if self.quick else 3
-                _times(call, min(WARM_UP, runs))
-                row["peers"][key] = _result(_times(call, runs), row["tokens"])
-            except Exception as failure:  # noqa: BLE001
-                row["peers"][key] = {"failed": f"{type(failure).__name__}: {failure}"[:500]}
+        decodes = row["what"] == "decode"
+        runs = (min(self.steps, 3) if decodes else 1) if self.quick else min(self.steps, 16) if decodes else 3
+        found = {}
+        try:
+            if decodes:
+                keys, values = self.content(model, row["batch"])
+                call = transformers_peer.decode_step(peer, model.config, keys, values, self.context, FORCED + WARM_UP + runs, compiled)
+                del keys, values
+                given = self.forced(model, row["batch"]).unbind(1)
+                found["error"] = _error(torch.stack([call(ids).float().cpu() for ids in given], 1), self.exact[row["batch"]])
+                allowed = OWN_EXPERTS if model.config.num_experts else PEER_TOLERANCE[self.dtype]
+                if not found["error"] <= allowed:
+                    raise RuntimeError(f"its logits are off by {found['error']:.2g} from its own in f32")
+            else:
+                prompt = _ids(model, row["tokens"], 1)
+                call = lambda: transformers_peer.prefill(peer, prompt, CHUNK).argmax().item()  # noqa: E731
+            timing.times(call, min(WARM_UP, runs))
+            return timing.result(timing.times(call, runs), row["tokens"]) | found
+        except Exception as failure:  # noqa: BLE001
+            return {"failed": f"{type(failure).__name__}: {failure}"[:500]}
+        finally:
             call = None
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------------------- checking
+
+
+def _error(logits: Tensor, exact: Tensor) -> float:
+    """Relative, of [..., V]: the median over tokens."""
+    return float(((logits.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
+
+
+def _verify(peer, run: Callable[[torch.dtype], Tensor], ours: Tensor, choices: list[Tensor], dtype: str, name: str) -> tuple[dict, Tensor]:
+    """Our logits and those of run(dtype), transformers' of the same tokens [..., V], beside its f32's on the same weights; all with the experts
+    that ours chose. Refuses ours if they are further away than they may be -> what was found, the logits in f32."""
+    from .transformers_peer import in_float32, routed_as
+    with in_float32(peer), routed_as(peer, choices) as elsewhere:
+        exact = run(torch.float32)
+    with routed_as(peer, choices):
+        theirs = run(DTYPES[dtype])
+    found = {"against": f"{name} in f32", "error": _error(ours, exact), "error of transformers": _error(theirs, exact)}
+    found["allowed"] = max(TOLERANCE[dtype], 2 * min(found["error of transformers"], PEER_TOLERANCE[dtype]))
+    if not found["error"] <= found["allowed"]:
+        raise ModelError(f"our logits are wrong: expected a relative error of at most {found['allowed']:.2g} from transformers' in f32, "
+                         f"got {found['error']:.2g}")
+    if elsewhere:
+        found["tokens routed elsewhere"] = statistics.mean(elsewhere)
+        if not found["tokens routed elsewhere"] <= ELSEWHERE:
+            raise ModelError(f"our routing is wrong: expected at most {ELSEWHERE:.0%} of the tokens with other experts than transformers' in f32, "
+                             f"got {found['tokens routed elsewhere']:.0%}")
+    return found, exact
+
+
+@torch.inference_mode()
+def _check_prefill(model: Model, peer, dtype: str, name: str) -> dict:
+    """Of a prompt in a chunk and then one by one."""
+    ids, start = _ids(model, CHECKED, 0), CHECKED * 3 // 4
+    tokens, cache = torch.tensor([ids], device=model.device), model.new_cache(1, CHECKED)
+    hidden, choices = [], []
+    for chunk in [ids[:start]] + [[token] for token in ids[start:]]:
+        choices.append([])
+        hidden.append(model.forward([chunk], cache, [0], topk_ids=choices[-1]))
+    return _verify(peer, lambda _: peer(tokens, use_cache=False).logits, model.logits(torch.cat(hidden))[None],
+                   [torch.cat(of_layer) for of_layer in zip(*choices)], dtype, name)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
@@ -290,20 +420,22 @@ def parts(weights: Weights) -> dict[str, int]:
             "head": 0 if weights.head is weights.embed else size(weights.head)}
 
 
-def memory(model: Model, cache_positions: int) -> dict:
-    """Bytes by part; the peak is a GPU's."""
-    weights, cache = parts(model.weights), model.config.cache_bytes(cache_positions, _itemsize(model))
-    peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
-    rest = None if peak is None else peak - sum(weights.values()) - cache
-    return {"weights": weights, "cache": cache, "workspace and activations": rest, "peak": peak}
+def memory(model: Model, rows: list[dict], allocated: int) -> dict:
+    """Bytes by part; on a GPU also the peak of what was timed, and what it took beside its cache and what had been allocated before."""
+    peaks = [(row["peak_bytes"], row["cache_bytes"]) for row in rows if row["peak_bytes"] is not None]
+    return {"weights": parts(model.weights), "cache": max(row["cache_bytes"] for row in rows),
+            "workspace and activations": max((peak - cache - allocated for peak, cache in peaks), default=None),
+            "peak": max((peak for peak, _ in peaks), default=None)}
 
 
-def weight_bytes(model: Model, touched: list[float]) -> float:
-    """What a pass reads of the weights when it touches so many experts in each layer: everything but the embedding's other rows."""
+def weight_bytes(model: Model, *passes: list[float]) -> float:
+    """What passes read of the weights, one after the other, each of which touches so many experts of each layer: head and last norm, which
+    only the last token of a prompt needs, once, and of the embedding nothing."""
     size = model.weights.norm.nbytes + model.weights.head.nbytes
-    for layer, experts in zip(model.weights.layers, touched):
-        size += sum(t.nbytes for t in (layer.attn_norm, layer.wqkv, layer.wo, layer.mlp_norm, layer.router) if t is not None)
-        size += experts * (layer.gate_up[0].nbytes + layer.down[0].nbytes)
+    for touched in passes:
+        for layer, experts in zip(model.weights.layers, touched):
+            size += sum(t.nbytes for t in (layer.attn_norm, layer.wqkv, layer.wo, layer.mlp_norm, layer.router) if t is not None)
+            size += experts * (layer.gate_up[0].nbytes + layer.down[0].nbytes)
     return size
 
 
@@ -315,47 +447,22 @@ def flops(model: Model, tokens: int, logits: int, pairs: int) -> int:
     return 2 * tokens * c.num_layers * layer + 2 * logits * c.vocab_size * c.hidden_size + 4 * pairs * c.num_layers * c.num_heads * c.head_dim
 
 
-# --------------------------------------------------------------------------------------------------------------- timing
+def _limit(row: dict, limits: dict[str, float], model: Model) -> dict:
+    """On a GPU there is no product in f32, and f16 has the rate of bf16."""
+    by_memory = 1e-6 * row["bytes"] / max(limits["copy_tb_s"], limits["read_tb_s"])
+    by_products = 1e-6 * row["flops"] / limits["f32_tflop_s" if model.weights.embed.dtype == torch.float32 else "bf16_tflop_s"]
+    limit, step = max(by_memory, by_products), row["ours"]["us_a_step"]
+    return {"limit_us": limit, "bound": "memory" if by_memory >= by_products else "compute", "share": limit / step,
+            "tb_s": 1e-6 * row["bytes"] / step, "tflop_s": 1e-6 * row["flops"] / step}
 
 
-def _times(call: Callable[[], object], runs: int) -> list[float]:
-    """Seconds of each; every call ends with a value on the host."""
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def _result(seconds: list[float], tokens: int) -> dict:
-    middle = statistics.median(seconds)
-    return {"tokens_s": tokens / middle, "us_a_step": 1e6 * middle, "us_range": [1e6 * min(seconds), 1e6 * max(seconds)], "runs": len(seconds)}
-
-
-def _ops(call: Callable[[], object], seconds: list[float], device: torch.device, runs: int = 1) -> dict:
-    """The time inside, beside that of the call as it was measured without the profiler."""
-    inside, _ = _inside(call, runs, device)
-    return {"ops_us": inside, "ops_share": inside / (1e6 * statistics.median(seconds))}
-
-
-def _inside(call: Callable[[], object], runs: int, device: torch.device) -> tuple[float, dict[str, int]]:
-    """Microseconds of a call (the median) inside of our ops and the products, on a GPU of all kernels and copies, and how many of each."""
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]) as profiler:
-        for _ in range(runs):
-            call()
-        if cuda:
-            torch.cuda.synchronize(device)
-    events = [event for event in profiler.events() if (event.device_type == DeviceType.CUDA if cuda else
-                                                       event.name.startswith("mixtral_ext::") or event.name in PRODUCTS)]
-    events.sort(key=lambda event: event.time_range.start)
-    times = [event.time_range.elapsed_us() if cuda else event.self_cpu_time_total for event in events]
-    each = len(events) // runs  # every call does the same
-    counts = Counter(event.name for event in events)
-    return statistics.median(sum(times[i * each:(i + 1) * each]) for i in range(runs)), {name: n // runs for name, n in counts.items()}
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 # -------------------------------------------------------------------------------------------------------------- showing
@@ -365,25 +472,30 @@ def _show(report: dict) -> None:
     def milliseconds(us):
         return f"{us / 1e3:.3g} ms"
 
-    memory, check, launches = report["memory"], report["check"], report["launches"]
+    memory, launches, cuda = report["memory"], report["launches"], report["machine"]["device"] == "cuda"
     for row in report["rows"]:
-        ours = row["ours"]
+        ours, check = row["ours"], row["check"]
         low, high = map(milliseconds, ours["us_range"])
         what = {"prefill": f"prefill of {row['tokens']} tokens", "decode": f"decode, batch {row['batch']}, {row['context']} in the cache"}[row["what"]]
         print(f"\n{what}: {ours['tokens_s']:.1f} tokens/s, {milliseconds(ours['us_a_step'])} ({ours['runs']} runs, {low} to {high})")
         experts = f", {row['experts touched a layer']:.1f} experts a layer" if row.get("experts touched a layer") else ""
         needed = f"{row['bytes'] / 1e9:.2f} GB, {row['flops'] / 1e9:.1f} GFLOP{experts}"
-        print(f"  limit {milliseconds(row['limit_us'])} ({needed}): {row['share']:.1%} reached")
-        print(f"  inside of ops and products {milliseconds(row['ops_us'])}: {row['ops_share']:.1%} of the time")
+        print(f"  limit, by {row['bound']}, {milliseconds(row['limit_us'])} ({needed}): {row['share']:.1%} reached, "
+              f"{row['tb_s']:.3g} TB/s, {row['tflop_s']:.3g} TFLOP/s")
+        inside = "GPU busy" if cuda else "inside of ops and products"
+        print(f"  {inside}: " + ("the profiler saw no kernel" if row["ops_us"] is None else
+                                 f"{milliseconds(row['ops_us'])}, {row['ops_share']:.1%} of the time"))
+        print("  logits: " + (f"error {check['error']:.2g} of {check['allowed']:.2g} allowed, checked against {check['against']}" if check
+                              else f"not checked, transformers is {report['peers']['transformers']}"))
         for name, peer in row["peers"].items():
             print(f"  {name}: " + (f"{peer['tokens_s']:.1f} tokens/s (ours {ours['tokens_s'] / peer['tokens_s']:.2f}x)" if "tokens_s" in peer
-                                   else f"failed: {peer['failed']}"))
+                                   else "; ".join(f"{how}: {why}" for how, why in peer.items())))
     print("\nlimits: " + ", ".join(f"{name} {value:.3g}" for name, value in report["limits"].items()))
     sizes = memory["weights"] | {name: memory[name] for name in ("cache", "workspace and activations", "peak") if memory[name] is not None}
     print("memory, GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items()))
     if launches["per_step"]:
-        print(f"launches: {launches['per_layer']} a layer, {launches['per_step']} a step")
-        for name, count in sorted(launches["by_name"].items(), key=lambda item: -item[1]):
+        print(f"launches: {launches['per_layer']} a layer, {launches['per_step']} a step, and {sum(launches['copies'].values())} copies")
+        for name, count in sorted((launches["by_name"] | launches["copies"]).items(), key=lambda item: -item[1]):
             print(f"  {count:5} {name:.120}")
-    print(f"logits: error {check['error']:.2g}, transformers' own {check['error of transformers']:.2g} (medians, from its f32)" if check
-          else f"logits: not compared, transformers is {report['peers']['transformers']}")
+    elif cuda:
+        print("launches: the profiler saw none")

@@ -3,8 +3,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import ModelConfig
 from .model import Model
 
 
@@ -81,24 +83,68 @@ def in_float32(peer: nn.Module):
             hook.remove()
 
 
-def decode_step(peer: nn.Module, model: Model, ids: Tensor, context: int, steps: int, compiled: bool) -> Callable[[], None]:
-    """A step as its generate() makes it, greedy, the tokens come to the host. Over its dynamic cache, or compiled (into CUDA graphs) over its
-    static one, which holds so many steps; with context tokens of random numbers in it."""
+@contextmanager
+def routed_as(peer: nn.Module, choices: list[Tensor]) -> Iterator[list[float]]:
+    """Sends token t of layer l to the experts choices[l][t] (i32 [T, K]; none for a dense model), weighted by the peer's own router: rounding
+    alone gives some tokens of a deep model other experts, and all that follows is another computation then. Yields a list that gets, layer
+    by layer, the share of tokens which the peer itself would have sent elsewhere."""
+    elsewhere = []
+
+    def choose(ids):
+        def hook(router, inputs, output):
+            logits, weights, own = output
+            elsewhere.append(float((ids.sort(1).values != own.sort(1).values).any(1).float().mean()))
+            chosen = logits.float().softmax(1).gather(1, ids)
+            return logits, (chosen / chosen.sum(1, keepdim=True)).to(weights.dtype), ids
+        return hook
+
+    hooks = [layer.mlp.gate.register_forward_hook(choose(ids.long())) for layer, ids in zip(peer.model.layers, choices)]
+    try:
+        yield elsewhere
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _fill(cache, config: ModelConfig, keys: Tensor, values: Tensor, context: int) -> None:
+    """As if `context` tokens had been read whose last keys (rotated, as ours are) and values are these [B, n, Hk, D] in each layer; what was
+    before them is out of sight, and zero."""
+    if config.consolidated:  # dims (2i, 2i+1) -> (i, i + D/2)
+        keys = keys.unflatten(3, (-1, 2)).transpose(3, 4).flatten(3)
+    keys, values = (F.pad(t.transpose(1, 2), (0, 0, context - t.shape[1], 0)) for t in (keys, values))  # [B, Hk, context, D]
+    for layer in range(config.num_layers):
+        cache.update(keys, values, layer)
+
+
+@torch.inference_mode()
+def read_on(peer: nn.Module, config: ModelConfig, keys: Tensor, values: Tensor, context: int, tokens: Tensor) -> Tensor:
+    """Logits [B, S, V] of tokens [B, S] after `context` others (see _fill), in one pass."""
+    from transformers import DynamicCache
+    cache = DynamicCache(config=peer.config)
+    _fill(cache, config, keys, values, context)
+    return peer(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+
+
+def decode_step(peer: nn.Module, config: ModelConfig, keys: Tensor, values: Tensor, context: int, steps: int,
+                compiled: bool) -> Callable[..., Tensor]:
+    """A step as its generate() makes it, greedy, after `context` tokens (see _fill). Over its dynamic cache, or compiled (into CUDA graphs)
+    over its static one, which holds so many steps."""
     from transformers import DynamicCache, StaticCache
     cache = StaticCache(config=peer.config, max_cache_len=context + steps) if compiled else DynamicCache(config=peer.config)
     torch.compiler.reset()  # each batch is compiled anew
     forward = torch.compile(peer, mode="reduce-overhead") if compiled else peer
-    shape = len(ids), model.config.num_kv_heads, context, model.config.head_dim
-    keys, values = (torch.empty(shape, dtype=peer.dtype, device=model.device).normal_() for _ in "kv")
-    for layer in range(model.config.num_layers):
-        cache.update(keys, values, layer)
-    tokens = ids[:, None].long()
+    _fill(cache, config, keys, values, context)
+    tokens = torch.zeros(len(keys), 1, dtype=torch.int64, device=keys.device)
 
     @torch.inference_mode()
-    def step():
-        logits = forward(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-        tokens.copy_(logits[:, -1].argmax(-1, keepdim=True))
+    def step(given: Tensor | None = None) -> Tensor:
+        """Reads the tokens given [B], or those of the step before, which come to the host -> logits [B, V]."""
+        if given is not None:
+            tokens.copy_(given[:, None])
+        logits = forward(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+        tokens.copy_(logits.argmax(-1, keepdim=True))
         tokens.tolist()
+        return logits
     return step
 
 
