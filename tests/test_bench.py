@@ -452,8 +452,8 @@ def small(monkeypatch):
 
 def test_run(small, tmp_path, capsys, monkeypatch):
     file, saved = tmp_path / "new" / "run.json", []
-    save = bench._save
-    monkeypatch.setattr(bench, "_save", lambda path, results: saved.append(len(results["rows"])) or save(path, results))
+    save = files.save
+    monkeypatch.setattr(files, "save", lambda path, results: saved.append(len(results["rows"])) or save(path, results))
     bench.main(["run", "--device", "cpu", "--json", str(file)])
     printed = capsys.readouterr().out
     results = files.load(file)
@@ -480,6 +480,12 @@ def test_results_are_named_by_date_and_device(small, tmp_path, monkeypatch):
     assert list(files.load(file)["rows"][0]["candidates"]) == [files.OURS, files.SORTING]  # --peers without a name: none
     bench.main(["run", "--device", "cpu", "--peers", "--json"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file.name, file.stem + "-2.json"])  # nothing is written over
+
+
+@pytest.mark.parametrize("given, shown", [("run --json", "run --json"), ("run --json --op moe_sort", "run --json --op moe_sort"),
+                                          ("run --json /a/b.json --quick", "run --json FILE --quick"), ("run --json=/a/b.json", "run --json FILE")])
+def test_the_command_in_the_results_names_no_path(given, shown):
+    assert files.command("mixtral_bench", given.split(), {"--json": lambda _: "FILE"}) == f"python -m mixtral_bench {shown}"
 
 
 def test_ours_that_fails_ends_with_an_error(small, monkeypatch):
@@ -535,10 +541,10 @@ def test_limits_are_the_best_of_the_run():
 
 def test_results_are_saved_at_once(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
-    bench._save(file, {"rows": [1]})
-    monkeypatch.setattr(bench.json, "dumps", lambda *_, **__: 1 / 0)
+    files.save(file, {"rows": [1]})
+    monkeypatch.setattr(files.json, "dumps", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        bench._save(file, {"rows": [1, 2]})
+        files.save(file, {"rows": [1, 2]})
     assert json.loads(file.read_text()) == {"rows": [1]}
 
 

@@ -7,15 +7,13 @@ os.environ.setdefault("OMP_PROC_BIND", "true")
 
 import argparse
 import itertools
-import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
 import torch
 
-from mixtral_bench import compare, machine, report, timing
+from mixtral_bench import compare, files, machine, report, timing
 from mixtral_bench.cases import CASES, SHAPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,8 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("file", type=Path, nargs=2, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
-        named = ["FILE" if i and arguments[i - 1] == "--json" else argument for i, argument in enumerate(arguments)]  # no path of this machine
-        options.action(options, shlex.join(["python", "-m", "mixtral_bench", *named]))
+        options.action(options, files.command("mixtral_bench", arguments, {"--json": lambda _: "FILE"}))
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has gone (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,12 +119,12 @@ def run(options: argparse.Namespace, command: str) -> None:
         print(_line(row), file=sys.stderr, flush=True)
         bar.update()
         if path:
-            _save(path, results)
+            files.save(path, results)
     bar.close()
     results["state"] |= {"during": finish(), "after": machine.state(device)}
     _raise_limits(results, machine.limits(device, options.quick), options.dtype)
     if path:
-        _save(path, results)
+        files.save(path, results)
     print(report.table(results))
     if path:
         print(f"\nwrote {path}")
@@ -158,14 +155,6 @@ def _path(given: Path, results: dict) -> Path:
     stem = f"{results['machine']['date'][:10]}-" + re.sub(r"\W+", "-", results["machine"]["name"].lower().replace("(r)", "")).strip("-")
     names = itertools.chain([f"{stem}.json"], (f"{stem}-{n}.json" for n in itertools.count(2)))
     return next(path for name in names if not (path := RESULTS / name).exists())
-
-
-def _save(path: Path, results: dict) -> None:
-    """At once, so that a run that is stopped leaves what it had."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    part.replace(path)
 
 
 def write_report(options: argparse.Namespace, _: str) -> None:

@@ -16,16 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mixtral_bench import llama_cpp
-from mixtral_bench.peer import Peer, Unsupported, memory, need
+from mixtral_bench.peer import Peer, Unsupported, heads_first, memory, need
 from mixtral_ext import reference
 
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 FLASH_ATTN = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface", 4: "flash_attn.cute"}  # their modules
-
-
-def heads_first(t: torch.Tensor) -> torch.Tensor:
-    """[T, H, D] or [B, L, H, D] -> [B, H, L, D], the same memory."""
-    return (t[None] if t.ndim == 3 else t).transpose(1, 2)
 
 
 def first(result):

@@ -2,6 +2,8 @@
 ask of a row."""
 
 import json
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +39,27 @@ def load_all(folder=RESULTS) -> dict[str, dict]:
     return dict(sorted(found.items(), key=lambda item: (item[1]["machine"]["date"], item[0])))
 
 
+def save(path: Path, results: dict) -> None:
+    """At once, so that a run that is stopped leaves what it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(path)
+
+
+def command(module: str, arguments: list[str], paths: dict[str, Callable[[str], str | None]]) -> str:
+    """The command line that made results, without paths of the machine: paths[option](its value) is what stands there instead, None leaves
+    out the option."""
+    words, rest = ["python", "-m", module], list(arguments)
+    while rest:
+        option, equals, value = (word := rest.pop(0)).partition("=")
+        if option not in paths or not (equals or rest and not rest[0].startswith("-")):
+            words.append(word)
+        elif (shown := paths[option](value if equals else rest.pop(0))) is not None:
+            words += [option, shown]
+    return shlex.join(words)
+
+
 def timed(row: dict) -> dict[str, dict]:
     """The candidates that ran, ours first."""
     found = {name: c for name, c in row["candidates"].items() if "us" in c}
@@ -65,3 +88,13 @@ def product(limits: dict, dtype: str) -> float | None:
     """TFLOP/s of a matrix product. Where that of f32 is faster (a CPU without bf16 instructions) it bounds bf16 too."""
     kind = "f32" if dtype == "f32" else "bf16"
     return max((limits[key] for key in {f"{kind}_tflop_s", "f32_tflop_s"} if limits.get(key)), default=None)
+
+
+def limit(bytes_: float, flops: float, limits: dict, dtype: str) -> tuple[float, str] | None:
+    """Microseconds that moving and computing so much takes at least, and which of them it is; None where no limit was measured."""
+    rates = {"memory": (bytes_, bandwidth(limits)), "compute": (flops, product(limits, dtype))}
+    bounds = {name: amount / rate * 1e-6 for name, (amount, rate) in rates.items() if rate}
+    if not bounds:
+        return None
+    bound = max(bounds, key=bounds.get)
+    return bounds[bound], bound

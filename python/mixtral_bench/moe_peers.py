@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import grouped_mm, silu
 
 from mixtral_bench import llama_cpp
-from mixtral_bench.peer import Peer, Unsupported, memory, need
+from mixtral_bench.peer import Peer, Unsupported, heads_first, memory, need
 
 CHECKED = 16  # rows of a yardstick compared with f32
 
@@ -235,11 +235,6 @@ def cos_sin(inputs):
     frequency = theta ** (-torch.arange(half, device=q.device, dtype=torch.float32) / half)
     angle = (positions.float()[:, None] * frequency).repeat(1, 2)[None]
     return angle.cos().to(q.dtype), angle.sin().to(q.dtype)
-
-
-def heads_first(t):
-    """[T, H, D] -> [1, H, T, D], the same memory."""
-    return t.transpose(0, 1)[None]
 
 
 def transformers_rope(case, inputs):

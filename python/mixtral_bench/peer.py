@@ -37,6 +37,11 @@ def memory(device: torch.device) -> tuple[int, int]:
     return 1024 * int(kib["MemAvailable:"]), 1024 * int(kib["MemTotal:"])
 
 
+def heads_first(t: torch.Tensor) -> torch.Tensor:
+    """[T, H, D] or [B, L, H, D] -> [B, H, L, D], the same memory."""
+    return (t[None] if t.ndim == 3 else t).transpose(1, 2)
+
+
 def need(size: float, allowed: float, what: str) -> None:
     if size > allowed:
         raise Unsupported(f"{what}: {size / 1e9:.1f} GB, there are {allowed / 1e9:.1f}")

@@ -2,6 +2,12 @@
 
 
 class _NoBar:
+    n = total = 0
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_): ...
+
     def set_description(self, text: str) -> None: ...
 
     def update(self, count: int = 1) -> None: ...

@@ -237,7 +237,7 @@ def model_tables(results: dict) -> list[str]:
         parts = [f"weights: {', '.join(f'{part} {amount(size)}' for part, size in memory['weights'].items())}"] if memory.get("weights") else []
         parts += [f"{name} {amount(size)}" for name, size in memory.items() if name != "weights" and size is not None]
         lines.append(f"- memory: {'; '.join(parts)}")
-    if launches := results.get("launches"):
+    if (launches := results.get("launches")) and launches.get("per_step") is not None:  # on a CPU there are none
         per_layer = launches.get("per_layer")
         lines.append(f"- launches a decode step: {launches.get('per_step', '-')}, a layer: {'-' if per_layer is None else f'{per_layer:g}'}")
         if launches.get("by_name"):

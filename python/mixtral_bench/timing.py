@@ -205,11 +205,9 @@ def with_warnings(error: Exception, caught) -> str:
 def rated(row: dict, limits: dict[str, float]) -> dict:
     """The row with what follows from its numbers: limit_us and bound from the measured limits; of every candidate TB/s, TFLOP/s, share of the
     limit and `times`, its time over ours. One that does other work than the row's has no share, nor a row whose inputs stay in a cache."""
-    rates = {"memory": (row["bytes"], files.bandwidth(limits)), "compute": (row["flops"], files.product(limits, row["dtype"]))}
-    bounds = {name: amount / rate * 1e-6 for name, (amount, rate) in rates.items() if rate}
-    if bounds:
-        bound = max(bounds, key=bounds.get)
-        row = row | {"limit_us": bounds[bound], "bound": bound}
+    limit = files.limit(row["bytes"], row["flops"], limits, row["dtype"])
+    if limit:
+        row = row | dict(zip(("limit_us", "bound"), limit))
     base, candidates = files.base(row), {}
     for name, found in row["candidates"].items():
         if "us" in found:
@@ -218,7 +216,7 @@ def rated(row: dict, limits: dict[str, float]) -> dict:
             found["tflop_s"] = found.get("flops", row["flops"]) / seconds / 1e12
             if "flops" not in found and not found.get("yardstick"):
                 found["tb_s"] = row["bytes"] / seconds / 1e12
-                if bounds and not row.get("cached"):
+                if limit and not row.get("cached"):
                     found["share"] = row["limit_us"] / found["us"]
             if base:
                 found["times"] = found["us"] / base

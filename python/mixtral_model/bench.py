@@ -8,8 +8,6 @@ the measured bandwidth of the machine.
 Before anything is timed its logits are compared with those of transformers in f32 on the same weights and the same cache, whose tokens go to
 the experts that ours chose: so the step that is replayed on a GPU is the one that is compared.
 """
-import json
-import shlex
 import statistics
 import time
 from argparse import Namespace
@@ -42,7 +40,7 @@ ELSEWHERE = 0.1      # share of tokens that rounding may send to other experts: 
 
 
 def bench(arguments: Namespace) -> None:
-    from mixtral_bench import machine
+    from mixtral_bench import files, machine
     device, dtype, config = find_device(arguments.device), DTYPES[arguments.dtype], _config(arguments)
     of_layers = random_config(arguments.random_weights).num_layers if arguments.random_weights else config.num_layers
     run = Run(config, arguments)
@@ -57,7 +55,8 @@ def bench(arguments: Namespace) -> None:
         if path:  # what cannot be written ends the run here
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
-        report = {"kind": "model", "machine": machine.describe(device), "command": _command(arguments.argv), "quick": arguments.quick,
+        report = {"kind": "model", "machine": machine.describe(device), "quick": arguments.quick,
+                  "command": _command(arguments.argv),
                   "state": {"before": machine.state(device)}, "limits": machine.limits(device, arguments.quick),
                   "model": {"name": name, "layers": config.num_layers, "of_layers": of_layers, "dtype": arguments.dtype,
                             "parameters": config.parameters(), "random": bool(arguments.random_weights)}, "rows": []}
@@ -72,7 +71,7 @@ def bench(arguments: Namespace) -> None:
 
     def save():
         if path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+            files.save(path, report)
 
     finish = machine.watch(device)
     try:
@@ -97,17 +96,9 @@ def _config(arguments: Namespace) -> ModelConfig:
 
 
 def _command(argv: list[str]) -> str:
-    """The command line, without the path of the results and that of the checkpoint but for its name."""
-    words, rest = [], iter(argv)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if option in ("--json", "--checkpoint"):
-            value = value if equals else next(rest)
-        if option == "--checkpoint":
-            words += [option, Path(value).resolve().name]
-        elif option != "--json":
-            words.append(word)
-    return shlex.join(["python", "-m", "mixtral_model", *words])
+    """Without the path of the results, and of the checkpoint its name alone."""
+    from mixtral_bench import files
+    return files.command("mixtral_model", argv, {"--json": lambda _: None, "--checkpoint": lambda path: Path(path).resolve().name})
 
 
 def _model(arguments: Namespace, config: ModelConfig, dtype: torch.dtype, device: torch.device, cache_positions: int) -> Model:
@@ -154,7 +145,7 @@ class Run:
 
     def measure(self, model: Model, peer, report: dict, save: Callable[[], None]) -> None:
         """Fills the report, which is saved after each row of ours and each peer."""
-        from tqdm import tqdm
+        from mixtral_bench.progress import progress_bar
         name = f"transformers {report['peers']['transformers']}"
         check = None
         if peer:
@@ -163,7 +154,7 @@ class Run:
                 peer, report["peers"] = None, {"transformers": f"failed: its logits are off by {check['error of transformers']:.2g} from its own in f32"}
         allocated = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0  # our weights, and what the peer copied
         kinds = [] if peer is None else ["eager"] if model.device.type == "cpu" else ["eager", "compiled"]
-        with tqdm(total=(1 + len(self.batches)) * (1 + len(kinds)), unit=" measurements", leave=False) as bar:
+        with progress_bar(total=(1 + len(self.batches)) * (1 + len(kinds)), unit=" measurements") as bar:
             for batch in (None, *self.batches):
                 bar.set_description("prefill" if batch is None else f"decode, batch {batch}")
                 row = self.prefill(model) | {"check": check} if batch is None else self.decode(model, batch, peer, name)
@@ -448,11 +439,11 @@ def flops(model: Model, tokens: int, logits: int, pairs: int) -> int:
 
 
 def _limit(row: dict, limits: dict[str, float], model: Model) -> dict:
-    """On a GPU there is no product in f32, and f16 has the rate of bf16."""
-    by_memory = 1e-6 * row["bytes"] / max(limits["copy_tb_s"], limits["read_tb_s"])
-    by_products = 1e-6 * row["flops"] / limits["f32_tflop_s" if model.weights.embed.dtype == torch.float32 else "bf16_tflop_s"]
-    limit, step = max(by_memory, by_products), row["ours"]["us_a_step"]
-    return {"limit_us": limit, "bound": "memory" if by_memory >= by_products else "compute", "share": limit / step,
+    """f16 has the rate of bf16."""
+    from mixtral_bench import files
+    limit, bound = files.limit(row["bytes"], row["flops"], limits, "f32" if model.weights.embed.dtype == torch.float32 else "bf16")
+    step = row["ours"]["us_a_step"]
+    return {"limit_us": limit, "bound": bound, "share": limit / step,
             "tb_s": 1e-6 * row["bytes"] / step, "tflop_s": 1e-6 * row["flops"] / step}
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 @contextmanager
 def progress(text: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar, and what moves it: f(done, total)."""
-    from tqdm import tqdm
-    with tqdm(desc=text, unit=f" {unit}", leave=False) as bar:
+    from mixtral_bench.progress import progress_bar
+    with progress_bar(desc=text, unit=f" {unit}") as bar:
         def move(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
