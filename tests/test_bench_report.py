@@ -14,6 +14,7 @@ from mixtral_bench.cases import CASES
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "python/mixtral_bench/results"
 COMMITTED = files.load_all(RESULTS)
+OF_OPS, OF_MODELS = ({stem: r for stem, r in COMMITTED.items() if r["kind"] == kind} for kind in ("ops", "model"))
 UNITS = {"us": 1, "ms": 1e3, "s": 1e6}
 
 
@@ -72,7 +73,7 @@ def test_limits_of_a_machine():
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-@pytest.mark.parametrize("stem", COMMITTED)
+@pytest.mark.parametrize("stem", OF_OPS)
 def test_numbers_of_a_table_come_from_the_file(stem):
     results = COMMITTED[stem]
     shown = iter(lines_of(report.table(results)))
@@ -115,8 +116,23 @@ def test_who_did_not_run_is_listed_once_with_the_number_of_rows():
     assert lines_of(text)[0][-1] == "torch grouped_mm" and "150 us (1.50x)" in text
 
 
+@pytest.mark.parametrize("stem", OF_MODELS)
+def test_numbers_of_a_model_come_from_the_file(stem):
+    results = OF_MODELS[stem]
+    heads, *shown = lines_of(report.table(results))
+    assert plots.names(results) == {} and len(shown) == len(results["rows"])
+    for row, cells in zip(results["rows"], shown):
+        cells = dict(zip(heads, cells))
+        assert float(cells["tokens/s"]) == pytest.approx(row["ours"]["tokens_s"], rel=6e-3)
+        assert microseconds(cells["a step"]) == pytest.approx(row["ours"]["us_a_step"], rel=6e-3)
+        assert cells["of the limit"] == f"{row['share']:.0%}".replace("%", " %") and cells["its ops alone"] == f"{row['ops_share']:.0%}".replace("%", " %")
+        for name, peer in row["peers"].items():
+            rate, ratio = re.fullmatch(r"([\d.]+) \(([\d.]+)x\)", cells[name]).groups()
+            assert float(rate) == pytest.approx(peer["tokens_s"], rel=6e-3) and float(ratio) == pytest.approx(row["ours"]["tokens_s"] / peer["tokens_s"], abs=6e-3)
+
+
 def test_all_absent_of_the_committed_files_are_named():
-    for results in COMMITTED.values():
+    for results in OF_OPS.values():
         text = report.table(results)
         names = {name for row in results["rows"] for name, c in row["candidates"].items() if "us" not in c}
         assert all(re.search(rf"^- {re.escape(name)}: (absent|failed|skipped): ", text, re.M) for name in names)
@@ -272,7 +288,7 @@ def test_cases_and_peers_that_are_not_measured_have_a_command():
 # --------------------------------------------------------------------------------------------------------------- plots
 
 
-@pytest.mark.parametrize("stem", COMMITTED)
+@pytest.mark.parametrize("stem", OF_OPS)
 def test_plots_of_a_file_hold_its_names(stem, tmp_path):
     pytest.importorskip("matplotlib")
     results = COMMITTED[stem]
