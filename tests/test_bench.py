@@ -457,7 +457,7 @@ def test_run(small, tmp_path, capsys, monkeypatch):
     bench.main(["run", "--device", "cpu", "--json", str(file)])
     printed = capsys.readouterr().out
     results = files.load(file)
-    assert saved == [1, 2, 2] and f"wrote {file}" in printed and results["command"] == "python -m mixtral_bench run --device cpu --json FILE"
+    assert saved == [1, 2, 2, 2] and f"wrote {file}" in printed and results["command"] == "python -m mixtral_bench run --device cpu --json FILE"
     assert (results["kind"], results["limits"], results["peers"]) == ("ops", LIMITS, {"missing-library": "absent"})
     assert {"before", "during", "after"} == set(results["state"]) and set(results["machine"]) >= {"name", "isa", "threads", "date", "commit", "versions"}
     first, second = results["rows"]

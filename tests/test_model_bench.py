@@ -94,7 +94,7 @@ def test_all_of_it(checkpoint, tmp_path, capsys, device, monkeypatch):
         assert launches["per_layer"] >= 9 and sum(launches["by_name"].values()) == launches["per_step"] > 2 * launches["per_layer"]
         assert not any(name.startswith("Mem") for name in launches["by_name"])
     else:
-        assert report["memory"]["peak"] is None and launches == {"per_layer": None, "per_step": None, "by_name": {}, "copies": {}}
+        assert report["memory"]["peak"] is None and launches == {"per_layer": None, "per_step": None, "by_name": {}, "us": {}, "copies": {}}
 
 
 @pytest.mark.gpu
@@ -215,11 +215,12 @@ def test_kernels_that_overlap_and_copies_are_counted(monkeypatch):
     cuda = torch.device("cuda", 0)
     _pretend_a_profiler(monkeypatch, [("gemm", 10, 14), ("norm", 13, 20), ("Memcpy DtoH (Device -> Pinned)", 19, 25), ("gemm", 30, 34), ("norm", 34, 36),
                                       ("Memcpy DtoH (Device -> Pinned)", 36, 40), ("Memset (Device)", 41, 42), ("Memset (Device)", 43, 44)])
-    assert timing.inside(lambda: None, 2, cuda) == ([8], {"gemm": 1, "norm": 1}, {"Memcpy DtoH (Device -> Pinned)": 1, "Memset (Device)": 1})
+    assert timing.inside(lambda: None, 2, cuda) == ([8], {"gemm": 1, "norm": 1}, {"Memcpy DtoH (Device -> Pinned)": 1, "Memset (Device)": 1},
+                                                    {"gemm": 4, "norm": 4.5})
     seconds, inside = timing.measure(lambda: None, 5, 2, cuda)
     assert len(seconds) == 5 and inside["ops_us"] == 8
     _pretend_a_profiler(monkeypatch, [])
-    assert timing.inside(lambda: None, 2, cuda) == ([], {}, {})
+    assert timing.inside(lambda: None, 2, cuda) == ([], {}, {}, {})
     assert timing.measure(lambda: None, 5, 2, cuda)[1] == {"ops_us": None, "ops_share": None}
 
 
@@ -231,7 +232,7 @@ def test_launches(tmp_path, monkeypatch):
     def inside(call, runs, device):
         call()
         kernels = decoders[-1].kernels
-        return [5.0], {"a": kernels, "b": 1}, {"Memset": 2}
+        return [5.0], {"a": kernels, "b": 1}, {"Memset": 2}, {"a": 2.5, "b": 4.0}
 
     class Counted(Decoder):
         def step(self):
@@ -241,7 +242,7 @@ def test_launches(tmp_path, monkeypatch):
     assert run.launches(model)["per_step"] is None
     monkeypatch.setattr(bench, "Decoder", lambda *arguments, **more: decoders.append(Counted(*arguments, **more)) or decoders[-1])
     monkeypatch.setattr(timing, "inside", inside)
-    assert run.launches(model) == {"per_layer": 10, "per_step": 21, "by_name": {"a": 20, "b": 1}, "copies": {"Memset": 2}}
+    assert run.launches(model) == {"per_layer": 10, "per_step": 21, "by_name": {"a": 20, "b": 1}, "us": {"a": 2.5, "b": 4.0}, "copies": {"Memset": 2}}
 
 
 def test_memory_beside_weights_and_cache(tmp_path):

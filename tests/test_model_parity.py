@@ -3,7 +3,10 @@ import pytest
 import torch
 
 from mixtral_model import Model, generate
+from mixtral_model.model import _mlp_by_experts, _mlp_by_torch
+from mixtral_model.weights import Layer
 from model_checkpoints import DENSE_LAYOUTS, LAYOUTS, VOCAB, WINDOW, edit_json, load_peer, one_thread, tiny, write  # noqa: F401
+from op_calls import relative_error
 
 NEW = 12
 
@@ -117,6 +120,25 @@ def test_bf16_is_as_exact_as_transformers(tmp_path, kind):
     prompt = _prompt(4 * WINDOW)
     theirs, exact = (_their_logits(load_peer(tmp_path, dtype), prompt).double() for dtype in (torch.bfloat16, torch.float64))
     assert (_our_logits(model, prompt, 7) - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by", ["torch", "experts"])
+def test_mlp(by, dtype):
+    """Both ways against float64; a GPU takes the first, a CPU the second."""
+    generator = torch.Generator().manual_seed(8)
+
+    def normal(*shape):
+        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+    layer = Layer(attn_norm=None, wqkv=None, wo=None, mlp_norm=None, router=None, gate_up=normal(1, 2 * 96, 64), down=normal(1, 64, 96))
+    x, hidden = normal(5, 64), normal(5, 64) * 8
+    gate, up = (hidden.double() @ layer.gate_up[0].double().T).chunk(2, 1)
+    exact = x.double() + (gate.sigmoid() * gate * up) @ layer.down[0].double().T
+    if by == "torch":
+        _mlp_by_torch(x, layer, hidden)
+    else:
+        _mlp_by_experts(x, layer, hidden, torch.tensor([0, 2, 5], dtype=torch.int32))
+    assert relative_error(x, exact) <= (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_dtype_override(tmp_path):

@@ -108,20 +108,24 @@ def run(options: argparse.Namespace, command: str) -> None:
     bar.set_description("memory bandwidth and matrix rate")
     results["limits"] = machine.limits(device, options.quick)
     finish, meter = machine.watch(device), timing.Meter(device.type == "cuda", effort, options.limit, never_left_out=(rows.OURS,))
-    for case in cases:
-        present = [peer for peer in peers[case.op] if peer.name not in missing]
-        row = rows.make_row(case, options.dtype, device, meter, results["limits"], present,
-                            2**20 if options.quick else rows.ROTATED[device.type],
-                            lambda text, case=case: bar.set_description(f"{case.op} {case.name}: {text}"))
-        row["candidates"] |= {peer.name: {"absent": missing[peer.name]} for peer in peers[case.op]
-                              if peer.name in missing and rows.applies(peer, case)}
-        results["rows"].append(row)
-        print(_line(row), file=sys.stderr, flush=True)
-        bar.update()
-        if path:
+    try:
+        for case in cases:
+            present = [peer for peer in peers[case.op] if peer.name not in missing]
+            row = rows.make_row(case, options.dtype, device, meter, results["limits"], present,
+                                2**20 if options.quick else rows.ROTATED[device.type],
+                                lambda text, case=case: bar.set_description(f"{case.op} {case.name}: {text}"))
+            row["candidates"] |= {peer.name: {"absent": missing[peer.name]} for peer in peers[case.op]
+                                  if peer.name in missing and rows.applies(peer, case)}
+            results["rows"].append(row)
+            print(_line(row), file=sys.stderr, flush=True)
+            bar.update()
+            if path:
+                files.save(path, results)
+    finally:  # interrupted, too
+        bar.close()
+        results["state"] |= {"during": finish(), "after": machine.state(device)}
+        if path and results["rows"]:
             files.save(path, results)
-    bar.close()
-    results["state"] |= {"during": finish(), "after": machine.state(device)}
     _raise_limits(results, machine.limits(device, options.quick), options.dtype)
     if path:
         files.save(path, results)

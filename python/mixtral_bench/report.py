@@ -241,8 +241,9 @@ def model_tables(results: dict) -> list[str]:
         per_layer = launches.get("per_layer")
         lines.append(f"- launches a decode step: {launches.get('per_step', '-')}, a layer: {'-' if per_layer is None else f'{per_layer:g}'}")
         if launches.get("by_name"):
-            lines += ["", "| kernel | launches a step |", "|---|---|"]
-            lines += [f"| `{name}` | {count} |" for name, count in launches["by_name"].items()]
+            us = launches.get("us", {})
+            lines += ["", "| kernel | launches a step | us each |", "|---|---|---|"]
+            lines += [f"| `{name}` | {count} | {digits(us[name]) if name in us else '-'} |" for name, count in launches["by_name"].items()]
     return lines
 
 

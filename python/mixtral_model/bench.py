@@ -79,9 +79,10 @@ def bench(arguments: Namespace) -> None:
         run.measure(model, peer, report, save)
     except torch.OutOfMemoryError as error:  # of a GPU that holds weights and cache, but not what a pass takes beside them
         raise ModelError(f"the memory of {device} is too small for what a pass takes beside weights and cache: {error}") from None
-    finally:
+    finally:  # interrupted, too: a peer may compile for minutes
         report["state"] |= {"during": finish(), "after": machine.state(device)}
-    save()
+        if report["rows"]:
+            save()
     _show(report)
     if path:
         print(f"results: {path}")
@@ -293,19 +294,20 @@ class Run:
 
     @torch.inference_mode()
     def launches(self, model: Model) -> dict:
-        """Kernels of a step of the smallest batch, and copies; those of a layer are what the last one adds. None where they are not seen."""
+        """Kernels of a step of the smallest batch, their mean times, and copies; those of a layer are what the last one adds. None where they are
+        not seen."""
         def count(model):
             decoder = self.decoder(model, min(self.batches))
             self.reset(decoder)
             decoder.step()
             return timing.inside(decoder.step, 1, model.device)[1:]
 
-        kernels, copies = count(model)
+        kernels, copies, us = count(model)
         if not kernels:  # on the CPU there are none
-            return {"per_layer": None, "per_step": None, "by_name": {}, "copies": {}}
+            return {"per_layer": None, "per_step": None, "by_name": {}, "us": {}, "copies": {}}
         w, total = model.weights, sum(kernels.values())
         without_last = count(Model(model.config, Weights(w.embed, w.norm, w.head, w.layers[:-1])))[0]
-        return {"per_layer": total - sum(without_last.values()), "per_step": total, "by_name": kernels, "copies": copies}
+        return {"per_layer": total - sum(without_last.values()), "per_step": total, "by_name": kernels, "us": us, "copies": copies}
 
     # transformers
 
@@ -487,6 +489,7 @@ def _show(report: dict) -> None:
     if launches["per_step"]:
         print(f"launches: {launches['per_layer']} a layer, {launches['per_step']} a step, and {sum(launches['copies'].values())} copies")
         for name, count in sorted((launches["by_name"] | launches["copies"]).items(), key=lambda item: -item[1]):
-            print(f"  {count:5} {name:.120}")
+            each = f"{launches['us'][name]:8.2f} us" if name in launches["us"] else " " * 11
+            print(f"  {count:5}{each} {name:.120}")
     elif cuda:
         print("launches: the profiler saw none")

@@ -119,7 +119,6 @@ class Model:
                          window=cache.capacity,  # without a window it hides nothing: no position is beyond it
                          max_seqlen_q=longest, max_cache_length=longest_cache,
                          rope_theta=c.rope_theta, rope_interleaved=c.consolidated)
-        all_rows = None if c.num_experts else torch.cat([bounds[:1], bounds[-1:]])  # a dense MLP is one expert with every row
         chosen = []
 
         x = F.embedding(ids, w.embed)
@@ -130,7 +129,7 @@ class Model:
             x.addmm_(attended.view(tokens, -1), layer.wo.t())
             h = F.rms_norm(x, (c.hidden_size,), layer.mlp_norm, c.norm_eps)
             if layer.router is None:
-                x += _dense(layer, h, all_rows)
+                _mlp_by_torch(x, layer, h) if x.is_cuda else _mlp_by_experts(x, layer, h, bounds)
             else:
                 # Routing and the sort in one op; its maps spare moe_experts the sort.
                 routing = mixtral_ext.moe_gate(F.linear(h, layer.router), c.top_k)
@@ -156,7 +155,14 @@ def upload(values: list[int], dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _dense(layer: Layer, hidden: Tensor, all_rows: Tensor) -> Tensor:
-    """Mistral's MLP through the expert kernels: one weight format for both models, SwiGLU fused into the product."""
-    inner = mixtral_ext.grouped_gemm_swiglu(hidden, layer.gate_up, all_rows)
-    return mixtral_ext.grouped_gemm(inner, layer.down, all_rows)
+def _mlp_by_torch(x: Tensor, layer: Layer, hidden: Tensor) -> None:
+    """Adds Mistral's MLP of hidden [T, H] to x. On an H200 cuBLAS is faster here than the expert kernels, which do not have Hopper's matrix
+    instructions, nor blocks enough for the few columns of the down projection."""
+    gate, up = F.linear(hidden, layer.gate_up[0]).chunk(2, 1)
+    x.addmm_(F.silu(gate).mul_(up), layer.down[0].t())
+
+
+def _mlp_by_experts(x: Tensor, layer: Layer, hidden: Tensor, bounds: Tensor) -> None:
+    """The same through the expert kernels, as one expert with every row: on a CPU they are faster than torch's products."""
+    all_rows = torch.cat([bounds[:1], bounds[-1:]])
+    x += mixtral_ext.grouped_gemm(mixtral_ext.grouped_gemm_swiglu(hidden, layer.gate_up, all_rows), layer.down, all_rows)

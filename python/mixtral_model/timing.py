@@ -39,9 +39,10 @@ def measure(call: Callable[[], object], runs: int, profiled: int, device: torch.
     return seconds, {"ops_us": middle, "ops_share": middle and middle / (1e6 * statistics.median(seconds))}
 
 
-def inside(call: Callable[[], object], runs: int, device: torch.device) -> tuple[list[float], dict[str, int], dict[str, int]]:
+def inside(call: Callable[[], object], runs: int, device: torch.device) -> tuple[list[float], dict[str, int], dict[str, int], dict[str, float]]:
     """On the CPU microseconds of each call inside of our ops and the products. On a GPU those in which a kernel runs, the mean of all calls (or
-    nothing), how many kernels of each name a call launches, and how many copies it makes."""
+    nothing), how many kernels of each name a call launches, how many copies it makes, and the microseconds of a kernel of each name, the mean of
+    all; one that is launched early waits in them for the one before it."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -54,13 +55,16 @@ def inside(call: Callable[[], object], runs: int, device: torch.device) -> tuple
         events = [event for event in profiler.events() if event.name.startswith("mixtral_ext::") or event.name in PRODUCTS]
         times = [event.self_cpu_time_total for event in sorted(events, key=lambda event: event.time_range.start)]
         each = len(times) // runs  # every call does the same
-        return [sum(times[i * each:(i + 1) * each]) for i in range(runs)], {}, {}
+        return [sum(times[i * each:(i + 1) * each]) for i in range(runs)], {}, {}, {}
     events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     copies = Counter(event.name for event in events if event.name.startswith(("Memcpy", "Memset")))
     kernels = [event for event in events if event.name not in copies]
     busy = union([(event.time_range.start, event.time_range.end) for event in kernels])
-    counts = Counter(event.name for event in kernels)
-    return [busy / runs] * bool(kernels), *({name: n // runs for name, n in counter.items()} for counter in (counts, copies))
+    counts, times = Counter(event.name for event in kernels), Counter()
+    for event in kernels:
+        times[event.name] += event.time_range.end - event.time_range.start
+    return ([busy / runs] * bool(kernels), *({name: n // runs for name, n in counter.items()} for counter in (counts, copies)),
+            {name: times[name] / n for name, n in counts.items()})
 
 
 def union(intervals: list[tuple[float, float]]) -> float:
