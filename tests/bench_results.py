@@ -48,7 +48,7 @@ def model(rows, device="cuda", **more):
     return made | {"kind": "model", "command": "python -m mixtral_model bench",
                    "model": {"name": "mistral-7b", "layers": 32, "of_layers": 32, "dtype": "bf16", "parameters": 7241732096, "random": True},
                    "memory": {"weights": {"embed": 262144000, "attention": 2684354560}, "cache": 16777216, "workspace and activations": 4096, "peak": 3 * 10**9},
-                   "launches": {"per_layer": 12.0, "per_step": 390, "by_name": {"attention_split": 32}}} | more
+                   "launches": {"per_layer": 12.0, "per_step": 390, "by_name": {"attention_split": 32}, "us": {"attention_split": 4.5}}} | more
 
 
 def step(batch=1, us=8000.0, **more):

@@ -252,7 +252,7 @@ def test_slow_candidates_run_once_and_then_not_at_all(monkeypatch):
     first = one.measure("op", 1.0, candidates)
     assert calls == ["ours", "peer"] and first["peer"]["us"] == pytest.approx(2e7) and first["peer"]["runs"] == 1
     later = one.measure("op", 8.0, candidates)
-    assert later["peer"] == {"skipped": "about 160 s a run"} and later["ours"]["us"] == pytest.approx(1e7) and calls.count("peer") == 1
+    assert later["peer"] == {"skipped": "about 160 s a call, --limit is 90"} and later["ours"]["us"] == pytest.approx(1e7) and calls.count("peer") == 1
     assert "us" in one.measure("other", 8.0, candidates)["peer"]
 
 
@@ -472,6 +472,21 @@ def test_run(small, tmp_path, capsys, monkeypatch):
     assert "1.000" in capsys.readouterr().out
 
 
+def test_an_interrupted_run_leaves_what_it_had(small, tmp_path, monkeypatch):
+    make, made = rows.make_row, []
+
+    def interrupted(*arguments):
+        if made:
+            raise KeyboardInterrupt
+        made.append(make(*arguments))
+        return made[0]
+    monkeypatch.setattr(rows, "make_row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["run", "--device", "cpu", "--json", str(tmp_path / "run.json")])
+    results = files.load(tmp_path / "run.json")
+    assert [row["op"] for row in results["rows"]] == ["moe_experts"] and {"before", "during", "after"} == set(results["state"])
+
+
 def test_results_are_named_by_date_and_device(small, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     bench.main(["run", "--device", "cpu", "--peers", "--json"])
@@ -534,6 +549,8 @@ def test_limits_are_the_best_of_the_run():
     dense = {"us": 1.0, "yardstick": True}
     made = {"dtype": "bf16", "bytes": 1e3, "flops": 4e6, "candidates": {files.OURS: {"us": 4.0}, "dense": dense}}
     results = {"limits": {"copy_tb_s": 1.0, "read_tb_s": 2.0, "bf16_tflop_s": 3.0}, "rows": [timing.rated(made, {})]}
+    bench._raise_limits(results, {}, "bf16")  # of a run that goes on
+    assert results["limits"] == {"copy_tb_s": 1.0, "read_tb_s": 2.0, "bf16_tflop_s": pytest.approx(4.0)}
     bench._raise_limits(results, {"copy_tb_s": 1.5, "read_tb_s": 1.0, "bf16_tflop_s": 2.0}, "bf16")
     assert results["limits"] == {"copy_tb_s": 1.5, "read_tb_s": 2.0, "bf16_tflop_s": pytest.approx(4.0)}
     assert results["rows"][0]["candidates"][files.OURS]["share"] == pytest.approx(0.25)

@@ -232,6 +232,7 @@ def test_launches(tmp_path, monkeypatch):
     def inside(call, runs, device):
         call()
         kernels = decoders[-1].kernels
+        assert decoders[-1].done == bench.WARM_UP + 1
         return [5.0], {"a": kernels, "b": 1}, {"Memset": 2}, {"a": 2.5, "b": 4.0}
 
     class Counted(Decoder):
@@ -383,6 +384,37 @@ def test_wrong_replays_are_not_timed(tmp_path, monkeypatch, peers, message, brok
     assert [row["what"] for row in rows] == ["prefill"]
 
 
+@pytest.mark.parametrize("peers", [[], ["--no-peers"]])
+def test_one_wrong_sequence_of_three_is_not_timed(tmp_path, monkeypatch, peers):
+    def captures(step, device):
+        def replay():
+            step()
+            step.__self__.logits[1] *= -1
+        return replay
+    monkeypatch.setattr(bench, "Decoder", functools.partial(Decoder, captures=captures))
+    with pytest.raises(SystemExit, match="our logits are wrong"):
+        _run(tmp_path, "--checkpoint", write(tmp_path / "model", tiny(window=None)), *SHORT, "--batch", 3, *peers)
+
+
+@pytest.mark.parametrize("wrong", ["single tokens", "chunks"])
+def test_a_prompt_wrong_in_part_is_not_timed(tmp_path, monkeypatch, wrong):
+    """What follows one by one, or what is read as it will be timed."""
+    run = Model.run
+
+    def other(self, cache, ids, *rest, **more):
+        hidden = run(self, cache, ids, *rest, **more)
+        return -hidden if (len(ids) == 1) == (wrong == "single tokens") else hidden
+    monkeypatch.setattr(Model, "run", other)
+    with pytest.raises(SystemExit, match="our logits are wrong"):
+        _run(tmp_path, "--checkpoint", write(tmp_path / "model", tiny()), *SHORT)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_prompt_shorter_than_what_is_compared(tmp_path):
+    report = _run(tmp_path, "--checkpoint", write(tmp_path / "model", tiny()), *SHORT, "--prompt-tokens", 5)
+    assert report["rows"][0]["check"]["error"] <= 1e-4 and report["rows"][0]["peers"].popitem()[1]["error"] <= 1e-3
+
+
 def test_wrong_routing_is_not_timed(tmp_path, monkeypatch):
     """The least likely experts, with the weights that they have."""
     gate = mixtral_ext.moe_gate
@@ -403,11 +435,27 @@ def test_a_peer_that_fails_is_recorded(tmp_path, monkeypatch):
     arguments = ("--checkpoint", write(tmp_path / "model", tiny()), *SHORT)
     report = _run(tmp_path, *arguments)
     assert [peer for row in report["rows"] for peer in row["peers"].values()][1:] == [{"failed": "RuntimeError: no memory"}] * 2
-    monkeypatch.setattr(transformers_peer, "build", fail)
-    assert _run(tmp_path, *arguments)["peers"] == {"transformers": "failed: RuntimeError: no memory"}
+    for broken in ("in_float32", "build"):
+        monkeypatch.setattr(transformers_peer, broken, fail)
+        report = _run(tmp_path, *arguments)
+        assert report["peers"] == {"transformers": "failed: RuntimeError: no memory"}
+        assert [row["check"] and row["check"]["against"] for row in report["rows"]] == [None] + ["the same steps, not captured"] * 2
     monkeypatch.setitem(sys.modules, "transformers", None)
     report = _run(tmp_path, *arguments)
     assert report["peers"]["transformers"].startswith("absent: ") and report["rows"][0]["check"] is None
+
+
+def test_a_peer_whose_check_fails_takes_nothing_with_it(tmp_path, monkeypatch):
+    """Of the steps alone, for which it may need more memory."""
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+    monkeypatch.setattr(transformers_peer, "read_on", fail)
+    report = _run(tmp_path, "--checkpoint", write(tmp_path / "model", tiny()), *SHORT)
+    prompt, *steps = report["rows"]
+    assert prompt["check"]["against"].startswith("transformers ") and all("tokens_s" in peer for peer in prompt["peers"].values())
+    for row in steps:
+        assert row["check"]["against"] == "the same steps, not captured" and row["check"]["transformers"] == "failed: OutOfMemoryError: no memory"
+        assert [*row["peers"].values()] == [{"failed": "RuntimeError: its own check failed"}]
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(tmp_path, monkeypatch):
@@ -424,7 +472,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(tmp_path, monkeypatch)
         assert len(failures) == 2 and all(f.startswith("RuntimeError: its logits are off by 1.") for f in failures)
     monkeypatch.setattr(bench, "PEER_TOLERANCE", {"bf16": 1e-4})
     report = _run(tmp_path, "--checkpoint", tmp_path / "model", *SHORT, "--dtype", "bf16")
-    assert report["peers"]["transformers"].startswith("failed: its logits are off by 0.0") and not any(row["peers"] for row in report["rows"])
+    assert report["peers"]["transformers"].startswith("failed: RuntimeError: its logits are off by 0.0") and not any(row["peers"] for row in report["rows"])
     assert report["rows"][1]["check"]["against"] == "the same steps, not captured"
 
 

@@ -119,6 +119,7 @@ def run(options: argparse.Namespace, command: str) -> None:
             results["rows"].append(row)
             print(_line(row), file=sys.stderr, flush=True)
             bar.update()
+            _raise_limits(results, {}, options.dtype)
             if path:
                 files.save(path, results)
     finally:  # interrupted, too
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace, command: str) -> None:
 
 def _raise_limits(results: dict, after: dict, dtype: str) -> None:
     """A limit is what the machine can do: the best of before, after and, of the matrix product, the dense ones between."""
-    limits = {name: max(rate, after[name]) for name, rate in results["limits"].items()}
+    limits = {name: max(rate, after.get(name, 0.0)) for name, rate in results["limits"].items()}
     dense = [c["tflop_s"] for row in results["rows"] for c in row["candidates"].values() if c.get("yardstick") and "us" in c]
     limits[f"{dtype}_tflop_s"] = max([limits.get(f"{dtype}_tflop_s", 0.0), *dense])
     results |= {"limits": limits, "rows": [timing.rated(row, limits) for row in results["rows"]]}

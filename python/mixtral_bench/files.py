@@ -34,8 +34,14 @@ def load(path) -> dict:
 
 def load_all(folder=RESULTS) -> dict[str, dict]:
     """Name without suffix -> results, oldest first. Other JSON (without "kind") may stand beside them."""
-    paths = [path for path in Path(folder).glob("*.json") if "kind" in json.loads(path.read_text())]
-    found = {path.stem: load(path) for path in paths}
+    found = {}
+    for path in Path(folder).glob("*.json"):
+        try:
+            of_bench = "kind" in json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+        if of_bench:
+            found[path.stem] = load(path)
     return dict(sorted(found.items(), key=lambda item: (item[1]["machine"]["date"], item[0])))
 
 

@@ -65,18 +65,19 @@ def limits(device: torch.device, quick: bool = False) -> dict[str, float]:
 
 
 def _matrix_rate(dtype: torch.dtype, device: torch.device, quick: bool) -> float:
-    best = 0.0
+    """In short bursts: a GPU that multiplies without a pause is soon at its power limit, and slower."""
+    best, pause = 0.0, 0.02 if device.type == "cuda" else 0.0
     for n in (256, 512) if quick else (256, 512, 1024, 2048, 4096) if device.type == "cpu" else (4096, 8192, 16384):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
-        seconds = least_seconds(lambda: a @ b.T, device)
+        seconds = least_seconds(lambda: a @ b.T, device, pause=pause)
         best = max(best, 2 * n**3 / seconds)
         if seconds > 0.3:
             break
     return best
 
 
-def least_seconds(call: Callable[[], object], device: torch.device, runs: int = 15, warm_up: float = 0.3) -> float:
-    """Of the fastest run, after some for `warm_up` seconds, in which the clocks of a GPU rise."""
+def least_seconds(call: Callable[[], object], device: torch.device, runs: int = 15, warm_up: float = 0.3, pause: float = 0.0) -> float:
+    """Of the fastest run, after some for `warm_up` seconds, in which the clocks of a GPU rise; with a pause before each."""
     start = time.perf_counter()
     while True:
         call()
@@ -86,6 +87,7 @@ def least_seconds(call: Callable[[], object], device: torch.device, runs: int = 
             break
     times = []
     for _ in range(runs):
+        time.sleep(pause)
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

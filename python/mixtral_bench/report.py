@@ -82,6 +82,8 @@ def header(results: dict) -> list[str]:
     lines = ["- " + ", ".join(part for part in (device, machine.get("isa"), *sizes) if part),
              f"- {machine['date']}, commit {machine['commit']}; {versions}",
              f"- command: `{results.get('command', 'not recorded')}`" + ("; reduced sizes: **not for quoting**" if results.get("quick") else "")]
+    if "note" in results:
+        lines.append(f"- {results['note']}")
     if "converted" in results:
         lines.append(f"- converted {results['converted']}; the command is that of its commit")
     lines += [f"- {when}: {shown}" for when in ("before", "during", "after") if (shown := shown_state(state.get(when, {})))]
@@ -102,9 +104,15 @@ def shown_state(values: dict) -> str:
     return ", ".join(f"{name} {one(value)}" for name, value in values.items())
 
 
-def shown_limits(limits: dict) -> str:
-    rates = [f"{name} {bandwidth(limits[key])}" for name, key in (("copy", "copy_tb_s"), ("read", "read_tb_s")) if limits.get(key)]
-    rates += [f"{dtype} product {digits(limits[f'{dtype}_tflop_s'])} TFLOP/s" for dtype in ("bf16", "f32") if limits.get(f"{dtype}_tflop_s")]
+def shown_limits(*limits: dict) -> str:
+    """Of one run, or the range of several."""
+    def one(name, key, show):
+        values = [rates[key] for rates in limits if rates.get(key)]
+        ends = dict.fromkeys(map(show, (min(values), max(values)))) if values else ()
+        return [f"{name} {' to '.join(ends)}"] if values else []
+
+    rates = [text for name, key in (("copy", "copy_tb_s"), ("read", "read_tb_s")) for text in one(name, key, bandwidth)]
+    rates += [text for dtype in ("bf16", "f32") for text in one(f"{dtype} product", f"{dtype}_tflop_s", lambda rate: f"{digits(rate)} TFLOP/s")]
     return ", ".join(rates) or "none"
 
 
@@ -155,6 +163,8 @@ def op_table(rows: list[dict]) -> list[str]:
         notes.append("- same FLOPs: torch's dense products of all rows with the weights of one expert, a yardstick")
     if routings := [f"{name}: {what}" for name, what in ROUTINGS.items() if any(row["case"].endswith(f" {name}") for row in rows)]:
         notes.append(f"- routing: random where nothing is said; {'; '.join(routings)}")
+    if "Liger" in ran and rows[0]["op"] == "moe_experts":
+        notes.append("- Liger: its kernels were tuned on 4096 tokens, once, as in the training that it is made for")
     if sorting and peers:
         notes.append("- x: over ours with the sort, as these peers sort too")
     if any(mark(c, row) for row in rows for c in files.timed(row).values()):
@@ -233,6 +243,9 @@ def model_tables(results: dict) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "- peers: tokens/s; x: ours over theirs, more than 1x is faster"]
     lines += [f"- {name}: {why} ({counted(where)})" for (name, why), where in failures.items()]
+    checks = [f"{row['what']} B={row['batch']} {check['error']:.2g} of {check['allowed']:.2g} ({check['against']})" for row in rows if (check := row.get("check"))]
+    if checks:
+        lines.append(f"- error of our logits, of what is allowed: {'; '.join(checks)}")
     if memory := results.get("memory"):
         parts = [f"weights: {', '.join(f'{part} {amount(size)}' for part, size in memory['weights'].items())}"] if memory.get("weights") else []
         parts += [f"{name} {amount(size)}" for name, size in memory.items() if name != "weights" and size is not None]
@@ -396,7 +409,7 @@ def verified(folder: Path) -> list[str]:
     records = json.loads((folder / "verified.json").read_text())
     lines = ["| what | ops | path | on | commit | date |", "|---|---|---|---|---|---|"]
     for r in records:
-        ops = ", ".join(op if op == "all" else f"`{op}`" for op in r["ops"])
+        ops = ", ".join(op if op in ("all", "-") else f"`{op}`" for op in r["ops"])
         lines.append(f"| {r['what']} | {ops} | {r['path']} | {r['device']}, {r['software']} | {r['commit']} | {r['date']} |")
     return lines
 
@@ -419,29 +432,33 @@ def quotes(found: dict[str, dict]) -> list[str]:
         for stem, results in here.items():
             if results["kind"] == "ops":
                 rows |= {(row["op"], row["case"]): (row, stem) for row in results["rows"]
-                         if OURS in files.timed(row) and row["case"] in QUOTED.get(row["op"], ())}
-        models = {(r["model"]["name"], row["what"], row["batch"]): (row, stem) for stem, r in here.items() if r["kind"] == "model"
-                  for row in r["rows"] if "tokens_s" in row["ours"]}
+                         if OURS in files.timed(row) and row["case"] in QUOTED.get(row["op"], ()) and row["dtype"] == "bf16"}
+        models = {(r["model"]["name"], row["what"], row["batch"], passage(row)): (row, stem) for stem, r in here.items() if r["kind"] == "model"
+                  if (r["model"]["layers"], r["model"]["dtype"]) == (r["model"]["of_layers"], "bf16") for row in r["rows"] if "tokens_s" in row["ours"]}
         if not rows and not models:
             continue
         sources = dict.fromkeys(stem for _, stem in [*rows.values(), *models.values()])
-        lines += ["", "; ".join([f"**{name}**", *(source_of(here[stem]) for stem in sources)]) + ".", "",
+        lines += ["", f"**{name}**; {said_of([here[stem] for stem in sources])}.", "",
                   "| op | case | ours | reached | of the limit | peers: time over ours |", "|---|---|---|---|---|---|"]
         for op, cases in QUOTED.items():
             lines += [quote(rows[op, case][0]) for case in cases if (op, case) in rows]
-        lines += [quote_model(model, row) for (model, _, _), (row, _) in models.items()]
+        lines += [quote_model(model, row) for (model, *_), (row, _) in models.items()]
     return [*lines[1:], "", "Peers of the expert layer sort themselves and are compared with our call that does so too; more than 1x is slower than "
             "ours. \"no window\": that peer computes the whole causal triangle. Beyond 100 % of the limit: the row only reads, which is faster "
             "than the copy that was measured."]
 
 
-def source_of(results: dict) -> str:
-    machine = results["machine"]
-    versions = machine["versions"] | results.get("peers", {})
-    software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
-    clocks = results.get("state", {}).get("during", {}).get("clocks.sm")
-    clock = f", {clocks['median']:g} MHz" if isinstance(clocks, dict) else ""
-    return f"{machine['date'][:10]}, commit {machine['commit']}, {software}{clock}: {shown_limits(results['limits'])}"
+def said_of(runs: list[dict]) -> str:
+    """Date, commits and software of some runs of one machine, the limits that they measured, clocks."""
+    commits: dict[tuple, dict] = {}
+    for run in runs:
+        versions = run["machine"]["versions"] | run.get("peers", {})
+        software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name, "absent") != "absent")
+        commits.setdefault((run["machine"]["date"][:10], software), {})[run["machine"]["commit"]] = None
+    said = [f"{date}, commit{'s' if len(of_runs) > 1 else ''} {', '.join(of_runs)}, {software}" for (date, software), of_runs in commits.items()]
+    clocks = [clock["median"] for run in runs if isinstance(clock := run.get("state", {}).get("during", {}).get("clocks.sm"), dict)]
+    ends = " to ".join(dict.fromkeys(f"{end:g}" for end in (min(clocks), max(clocks)))) if clocks else ""
+    return "; ".join([*said, shown_limits(*(run["limits"] for run in runs)), *([f"{ends} MHz"] if ends else [])])
 
 
 def quote(row: dict) -> str:
@@ -453,21 +470,27 @@ def quote(row: dict) -> str:
     return f"| `{row['op']}` | {label(row)} | {time(ours['us'])} | {reached} | {percent(ours['share']) if 'share' in ours else '-'} | {peers or '-'} |"
 
 
+def passage(row: dict) -> str:
+    """What a model reads, or has read when it begins to write."""
+    return f"{row.get('tokens', '-')} tokens" if row["what"] == "prefill" else f"{row.get('context', '-')} in the cache"
+
+
 def quote_model(model: str, row: dict) -> str:
     step = time(row["ours"]["us_a_step"]) if "us_a_step" in row["ours"] else "-"
     rate = row["ours"]["tokens_s"]
     peers = ", ".join(f"{name} {rate / peer['tokens_s']:.2f}x" for name, peer in row.get("peers", {}).items() if "tokens_s" in peer)
     share = percent(row["share"]) if row.get("share") else "-"
-    return f"| model | {model} {row['what']}, B={row['batch']} | {step} | {digits(rate)} tokens/s | {share} | {peers or '-'} |"
+    return f"| model | {model} {row['what']}, B={row['batch']}, {passage(row)} | {step} | {digits(rate)} tokens/s | {share} | {peers or '-'} |"
 
 
 def readme(text: str, results_dir=files.RESULTS) -> str:
     """README.md with its two parts written anew."""
     folder = Path(results_dir)
     found = files.load_all(folder)
-    newest = {name: (stem, alt) for device in ("cpu", "cuda") for stem, r in found.items()
+    by_size = sorted(found.items(), key=lambda item: (item[1]["machine"]["date"][:10], len(item[1]["rows"])))
+    newest = {name: (stem, alt) for device in ("cpu", "cuda") for stem, r in by_size
               if r["machine"]["device"] == device and not r.get("quick")
-              for name, alt in plots.names(r).items()}  # of each plot the newest, a GPU's where there is one
+              for name, alt in plots.names(r).items()}  # of each plot that of the newest day's largest file, a GPU's where there is one
     shown = [f"![{alt}, {found[stem]['machine']['name']}]({link(f'plots/{stem}-{name}.svg')})" for name, (stem, alt) in newest.items()]
     for name, lines in (("benchmarks", [*quotes(found), "", *shown]), ("verified", verified(folder))):
         parts = re.split(rf"(<!-- /?{name} -->)", text)

@@ -20,13 +20,13 @@ class Target:
     wanted: float | None = None  # None: a figure without a target
     more_is_better: bool = True
     needs: str = ""  # what must be installed for it
+    shapes: str = "mistral-7b"  # the model that the command of op "model" runs
     of_limit: bool = True  # whether the share of the row's own limit says anything about the quantity
 
     @property
     def command(self) -> str:
         if self.op == "model":
-            shapes = "mistral-7b" if self.device == "cpu" else "mixtral-8x7b"
-            return f"python -m mixtral_model bench --random-weights {shapes} --device {self.device}"
+            return f"python -m mixtral_model bench --random-weights {self.shapes} --device {self.device}"
         op = "" if self.op == "limit" else f" --op {self.op}"
         return f"python -m mixtral_bench run{op} --device {self.device} --json"
 
@@ -97,7 +97,21 @@ def any_row(row: dict) -> bool:
     return True
 
 
+def of_model(name: str, measure):
+    """What `measure` finds in files of this model with all of its layers."""
+    def found(results, row):
+        model = results["model"]
+        return measure(results, row) if model["name"] == name and model["layers"] == model["of_layers"] else None
+
+    return found
+
+
+def launches(results, row):
+    return (results.get("launches") or {}).get("per_layer")
+
+
 MANY = 10**9
+MODELS = ("mixtral-8x7b", "mistral-7b")
 TARGETS = [
     Target("expert layer, T=1", "cpu", "moe_experts", tokens(1), ours("tb_s"), "TB/s", 0.030),
     Target("expert layer, T=1: llama.cpp", "cpu", "moe_experts", tokens(1), times("llama.cpp"), "x", 1.35, needs="llama-cpp-python"),
@@ -124,9 +138,10 @@ TARGETS = [
     Target("the same: cuDNN with the same window", "cuda", "sliding_window_attention", prompt(16384, 32768, 4096), times("cuDNN"), "x", 1.0,
            needs="nvidia-cudnn-frontend"),
     Target("decode, 4096 keys, B >= 16, of a copy's bandwidth", "cuda", "rolling_attention", decode(16, MANY), of_copy, "%", 0.85),
-    Target("launches a decoder layer, decode", "cuda", "model", one_sequence,
-           lambda results, row: (results.get("launches") or {}).get("per_layer"), "launches", more_is_better=False),
-    Target("model, decode, B=1, of the bandwidth roofline", "cuda", "model", one_sequence, lambda results, row: row.get("share"), "%", 0.75),
+    *(Target(f"{name}, decode: launches a layer", "cuda", "model", one_sequence, of_model(name, launches), "launches", more_is_better=False,
+             shapes=name) for name in MODELS),
+    *(Target(f"{name}, decode, B=1, of the bandwidth roofline", "cuda", "model", one_sequence,
+             of_model(name, lambda results, row: row.get("share")), "%", 0.75, shapes=name) for name in MODELS),
 ]
 
 
@@ -194,15 +209,15 @@ def evaluate_all(found: dict[str, dict]) -> list[Outcome]:
 # ---------------------------------------------------------------------------------------------------------------- gaps
 
 STAGES = ("moe_gate", "moe_sort", "moe_permute", "moe_combine", "grouped_gemm", "grouped_gemm_swiglu")  # parts of moe_experts
-LAUNCHED = 20.0  # us: below that a row is launch latency, whatever its bytes
+LAUNCHED = 20.0  # us: a call that takes less is launch latency, whatever its bytes
 PROFILES = {  # (device, op) -> the note in results/ that holds the profile
     ("cpu", "moe_experts"): "2026-11-27-xeon-amx-gaps.md",
     ("cpu", "sliding_window_attention"): "2026-11-27-xeon-amx-gaps.md",
     ("cpu", "rolling_attention"): "2026-11-27-xeon-amx-gaps.md",
     ("cpu", "apply_rope"): "2026-11-27-xeon-amx-gaps.md",
-    ("cuda", "moe_experts"): "2026-11-26-h100-gaps.md",
-    ("cuda", "sliding_window_attention"): "2026-11-27-attention-instructions.md",
-    ("cuda", "rolling_attention"): "2026-11-27-attention-instructions.md",
+    ("cuda", "moe_experts"): "2026-11-27-h200-gaps.md",
+    ("cuda", "sliding_window_attention"): "2026-11-27-h200-gaps.md",
+    ("cuda", "rolling_attention"): "2026-11-27-h200-gaps.md",
 }
 
 
@@ -227,7 +242,7 @@ def gaps(found: dict[str, dict], device: str, count: int = 3) -> list[Gap]:
     for op, (source, results) in newest.items():
         for row in results["rows"]:
             share = row["candidates"].get(OURS, {}).get("share")
-            if row["op"] == op and op not in STAGES and share is not None and row["limit_us"] >= LAUNCHED:
+            if row["op"] == op and op not in STAGES and share is not None and row["candidates"][OURS]["us"] >= LAUNCHED:
                 gap = Gap(op, row["case"], row["bound"], share, results["machine"]["name"], source, PROFILES.get((device, op)))
                 worst[op] = min(worst.get(op, gap), gap, key=lambda g: g.share)
     return sorted(worst.values(), key=lambda g: g.share)[:count]

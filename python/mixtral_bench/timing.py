@@ -123,7 +123,7 @@ class Meter:
             progress(f"checking {name}")
             guess = self.seconds_per_flop.get((op, name), 0.0) * flops
             if guess > self.limit and name not in self.never_left_out:
-                results[name] = {"skipped": f"about {guess:.0f} s a run"}
+                results[name] = {"skipped": f"about {guess:{'.0f' if guess > 1 else '.1g'}} s a call, --limit is {self.limit:g}"}
                 continue
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")

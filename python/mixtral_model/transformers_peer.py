@@ -149,11 +149,11 @@ def decode_step(peer: nn.Module, config: ModelConfig, keys: Tensor, values: Tens
 
 
 @torch.inference_mode()
-def prefill(peer: nn.Module, prompt: list[int], chunk_size: int) -> Tensor:
-    """Reads a prompt into a dynamic cache in chunks -> logits [V] of its last token."""
+def prefill(peer: nn.Module, prompt: list[int], chunk_size: int, last: int) -> Tensor:
+    """Reads a prompt into a dynamic cache in chunks -> logits [n, V] of its last tokens, at most `last` and those of one chunk."""
     from transformers import DynamicCache
     cache = DynamicCache(config=peer.config)
     for start in range(0, len(prompt), chunk_size):
         ids = torch.tensor([prompt[start:start + chunk_size]], device=peer.device)
-        logits = peer(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[0, -1]
+        logits = peer(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
+    return logits[0]
