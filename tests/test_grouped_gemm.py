@@ -89,13 +89,13 @@ def test_threads_do_not_change_bits(cpu_build, dtype):
 @pytest.mark.parametrize("op", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_company(cpu_build, op, dtype):
-    """Bitwise, within one kernel: AMX takes over from AVX512_BF16 at 9 rows of an expert."""
+    """Bitwise."""
     library, arch = cpu_build
     context = library.context(arch)
     kind = GroupedGemmCase if op == "grouped_gemm" else GroupedGemmSwigluCase
     inputs = kind("", segments=(140,), inner=1101, outer=20).inputs(DTYPES[dtype])
     whole = run(library, context, op, inputs)
-    for first, count in [(0, 1), (5, 2), (77, 8)] if arch != "amx" or dtype != "bfloat16" else [(0, 9), (5, 16), (90, 41)]:
+    for first, count in [(0, 1), (5, 2), (77, 8), (0, 9), (5, 16), (90, 41)]:
         part = {**inputs, "a": inputs["a"][first:first + count], "expert_offsets": torch.tensor([0, count], dtype=torch.int32)}
         assert torch.equal(run(library, context, op, part), whole[first:first + count])
 

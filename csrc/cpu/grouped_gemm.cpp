@@ -38,16 +38,13 @@ namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// AMX spends 16 cycles on 1 KB of weights however few of a tile's 16 tokens there are, but fetches them in 64-byte pieces
-// of 16 rows. Up to 8 tokens vdpbf16ps keeps pace with memory as well (8 cycles on 64 bytes, 20 GB/s a core at 2.6 GHz)
-// and reads row by row. The two add in different orders, so on AMX alone the last bits of a row depend on which one its
-// expert's number of rows selects. Derived, not yet measured on AMX hardware.
-constexpr int64_t kAmxRows = 9;
-
-GemmKernel kernel_for([[maybe_unused]] mixtral_arch arch, int32_t dtype, [[maybe_unused]] int64_t rows) {
+// AMX spends 16 cycles on 1 KB of weights however few of a tile's 16 tokens there are, and still keeps up with memory: experts of
+// 8 rows take 66 ms where vdpbf16ps takes 95 to 118 (bf16, Mixtral 8x7B, 2 cores, 2026-11-27), those of one row the same. One kernel
+// for all makes a row's bits independent of its company, too.
+GemmKernel kernel_for([[maybe_unused]] mixtral_arch arch, int32_t dtype) {
 #if defined(__x86_64__)
   if (dtype == MIXTRAL_DTYPE_BF16 && arch >= MIXTRAL_ARCH_CPU_AVX512_BF16)
-    return arch == MIXTRAL_ARCH_CPU_AMX && rows >= kAmxRows ? grouped_gemm_kernel_amx() : grouped_gemm_kernel_avx512bf16();
+    return arch == MIXTRAL_ARCH_CPU_AMX ? grouped_gemm_kernel_amx() : grouped_gemm_kernel_avx512bf16();
   if (arch >= MIXTRAL_ARCH_CPU_AVX512) return grouped_gemm_kernel_avx512(dtype);
   if (arch >= MIXTRAL_ARCH_CPU_AVX2) return grouped_gemm_kernel_avx2(dtype);
 #endif
@@ -59,8 +56,6 @@ int64_t packed_row_elements(int64_t k) { return (k + 31) / 32 * 32; }
 struct ActiveExpert {
   int64_t expert, row_begin, rows, pack_tasks;
   char *packed;
-  int64_t packed_row_bytes;
-  GemmKernel kernel;
 };
 
 }  // namespace
@@ -69,10 +64,12 @@ size_t grouped_gemm_pass_workspace_size(const mixtral_context &context, int32_t 
                                         int64_t k) {
   rows = smaller(rows, kGemmRows);
   const int64_t packed_rows = rows + smaller(rows, experts) * (kGemmPackRows - 1);
-  return (size_t)(packed_rows * packed_row_elements(k) * kernel_for(context.arch, dtype, rows).packed_element_bytes);
+  return (size_t)(packed_rows * packed_row_elements(k) * kernel_for(context.arch, dtype).packed_element_bytes);
 }
 
 void grouped_gemm_pass(const mixtral_context &context, const GroupedGemm &g, void *workspace) {
+  const GemmKernel kernel = kernel_for(context.arch, g.dtype);
+  const int64_t row_bytes = packed_row_elements(g.k) * kernel.packed_element_bytes;
   ActiveExpert active[MIXTRAL_MAX_EXPERTS];
   int64_t experts = 0, pack_tasks = 0;
   char *packed = (char *)workspace;
@@ -81,9 +78,7 @@ void grouped_gemm_pass(const mixtral_context &context, const GroupedGemm &g, voi
     const int64_t rows = smaller(g.expert_offsets[e + 1], g.row_end) - begin;
     if (rows <= 0) continue;
     const int64_t blocks = (rows + kGemmPackRows - 1) / kGemmPackRows;
-    const GemmKernel kernel = kernel_for(context.arch, g.dtype, rows);
-    const int64_t row_bytes = packed_row_elements(g.k) * kernel.packed_element_bytes;
-    active[experts++] = {e, begin, rows, blocks, packed, row_bytes, kernel};
+    active[experts++] = {e, begin, rows, blocks, packed};
     packed += blocks * kGemmPackRows * row_bytes;
     pack_tasks += blocks;
   }
@@ -93,8 +88,7 @@ void grouped_gemm_pass(const mixtral_context &context, const GroupedGemm &g, voi
     const ActiveExpert *x = active;
     for (; i >= x->pack_tasks; ++x) i -= x->pack_tasks;
     const int64_t first = i * kGemmPackRows;
-    x->kernel.pack(g, {x->expert, x->row_begin + first, smaller(x->rows - first, kGemmPackRows),
-                       x->packed + first * x->packed_row_bytes, 0, 0});
+    kernel.pack(g, {x->expert, x->row_begin + first, smaller(x->rows - first, kGemmPackRows), x->packed + first * row_bytes, 0, 0});
   });
 
   // Order of tasks: all experts' first sixteenth of the columns, then their second, and so on. Equal ranges of tasks are
@@ -110,7 +104,7 @@ void grouped_gemm_pass(const mixtral_context &context, const GroupedGemm &g, voi
     const int64_t within = i - experts * first;
     const ActiveExpert &x = active[within / width];
     const int64_t column = (first + within % width) * columns;
-    x.kernel.product(g, {x.expert, x.row_begin, x.rows, x.packed, column, smaller(column + columns, g.n)});
+    kernel.product(g, {x.expert, x.row_begin, x.rows, x.packed, column, smaller(column + columns, g.n)});
   });
 }
 
