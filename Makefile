@@ -18,7 +18,7 @@ demo: build
 	$(BIN)/python -m mixtral_model demo
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 bench: build
 	$(BIN)/python -m mixtral_bench run --json build/bench.json

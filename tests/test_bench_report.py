@@ -258,11 +258,11 @@ def test_quantities():
 
 def test_model_targets():
     results = made.model([made.step(), made.step(batch=16, share=0.1)])
-    share = outcome("mistral-7b, decode, B=1", results)
+    share = outcome("mistral-7b, decode, B=1, of", results)
     assert share.value == 0.8 and share.verdict == "met" and outcome("mixtral-8x7b, decode, B=1", results).verdict == "not yet measured"
     assert outcome("mistral-7b, decode: launches", results).value == 12.0
     part = made.model([made.step()], model=results["model"] | {"layers": 4})
-    assert outcome("mistral-7b, decode, B=1", part).verdict == "not yet measured"  # not of a part of the layers
+    assert outcome("mistral-7b, decode, B=1, of", part).verdict == "not yet measured"  # not of a part of the layers
     assert outcome("its ops alone", made.model([made.step()], "cpu")).verdict == "missed"  # 0.7 of 0.9
     assert outcome("mistral-7b, decode: launches", made.model([made.step()], launches={"per_layer": None})).verdict == "not yet measured"
 

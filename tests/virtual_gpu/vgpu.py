@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build/virtual_gpu"
 sys.path.insert(0, str(ROOT / "tests"))
 import c_api  # noqa: E402
+from one_at_a_time import one_at_a_time  # noqa: E402
 
 CSRC = ROOT / "csrc"
 
@@ -76,9 +77,10 @@ def missing():
 def library():
     """The library's sources over the virtual GPU, built if need be."""
     source = Path(__file__).parent
-    for arguments in (["-S", source, "-B", BUILD, "-G", "Ninja"], ["--build", BUILD, "--parallel", "2"]):
-        done = subprocess.run(["cmake", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode == 0, done.stdout
+    with one_at_a_time():
+        for arguments in (["-S", source, "-B", BUILD, "-G", "Ninja"], ["--build", BUILD, "--parallel", "2"]):
+            done = subprocess.run(["cmake", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            assert done.returncode == 0, done.stdout
     lib = c_api.Library(BUILD / "libmixtral_ext_virtual.so")
     c = lib.c
     for name, restype, argtypes in [
@@ -107,12 +109,13 @@ def compile(source, arch, *options):
     if shutil.which("nvcc"):
         text += subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     kept = ROOT / "build/ptx" / f"{path.stem}.{arch}.{hashlib.sha256((text + repr(options)).encode()).hexdigest()[:16]}.ptx"
-    if not kept.exists():
-        command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", "-I", CSRC, f"-arch=compute_{arch}", *options, "-o", "-", path]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(done.stdout)
+    with one_at_a_time():
+        if not kept.exists():
+            command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", "-I", CSRC, f"-arch=compute_{arch}", *options, "-o", "-", path]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(done.stdout)
     return kept.read_text()
 
 
