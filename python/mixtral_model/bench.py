@@ -52,9 +52,11 @@ def bench(arguments: Namespace) -> None:
     try:
         if arguments.random_weights or device.type == "cuda":  # for a checkpoint on the CPU its layout decides
             check_memory(config, dtype, device, run.cache_positions())
-        if path:  # what cannot be written ends the run here
+        if path:  # what cannot be written ends the run here; no empty file is left of it
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
+            if path.is_file() and not path.stat().st_size:
+                path.unlink()
         report = {"kind": "model", "machine": machine.describe(device), "quick": arguments.quick,
                   "command": _command(arguments.argv),
                   "state": {"before": machine.state(device)}, "limits": machine.limits(device, arguments.quick),
@@ -65,11 +67,7 @@ def bench(arguments: Namespace) -> None:
         model = _model(arguments, config, dtype, device, run.cache_positions())
     except TooLarge as error:
         print(f"not run: {error}")
-        _drop_empty(path)
         return
-    except BaseException:
-        _drop_empty(path)
-        raise
 
     def save():
         if path:
@@ -83,15 +81,19 @@ def bench(arguments: Namespace) -> None:
         raise ModelError(f"the memory of {device} is too small for what a pass takes beside weights and cache: {error}") from None
     finally:  # interrupted, too: a peer may compile for minutes
         report["state"] |= {"during": finish(), "after": machine.state(device)}
-        save() if report["rows"] else _drop_empty(path)
+        if report["rows"]:
+            save()
     _show(report)
     if path:
         print(f"results: {path}")
 
 
-def _drop_empty(path: Path | None) -> None:
-    if path and path.is_file() and not path.stat().st_size:
-        path.unlink()
+def _said(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"[:500]
+
+
+def _peers_failed(failure: Exception) -> dict:
+    return {"transformers": f"failed: {_said(failure)}"}
 
 
 def _config(arguments: Namespace) -> ModelConfig:
@@ -126,7 +128,7 @@ def _peer(model: Model):
     except ImportError as error:
         return None, {"transformers": f"absent: {error}"}
     except Exception as failure:  # noqa: BLE001
-        return None, {"transformers": f"failed: {type(failure).__name__}: {failure}"}
+        return None, _peers_failed(failure)
 
 
 class Run:
@@ -163,7 +165,7 @@ class Run:
             except ModelError:
                 raise
             except Exception as failure:  # noqa: BLE001
-                peer, report["peers"] = None, {"transformers": f"failed: {type(failure).__name__}: {failure}"[:500]}
+                peer, report["peers"] = None, _peers_failed(failure)
         allocated = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0  # our weights, and what the peer copied
         kinds = [] if peer is None else ["eager"] if model.device.type == "cpu" else ["eager", "compiled"]
         with progress_bar(total=(1 + len(self.batches)) * (1 + len(kinds)), unit=" measurements") as bar:
@@ -303,7 +305,7 @@ class Run:
             except ModelError:
                 raise
             except Exception as failure:  # noqa: BLE001: such as too little memory for its f32
-                unchecked = {"transformers": f"failed: {type(failure).__name__}: {failure}"[:500]}
+                unchecked = _peers_failed(failure)
         error, allowed = _error(logits, steps(decoder.step)[0]), TOLERANCE[self.dtype]
         if not error <= allowed:
             raise ModelError(f"our logits are wrong: expected a relative error of at most {allowed:.2g} from the same steps, not captured, got {error:.2g}")
@@ -369,7 +371,7 @@ class Run:
             timing.times(call, min(WARM_UP, runs))
             return timing.result(timing.times(call, runs), row["tokens"]) | found
         except Exception as failure:  # noqa: BLE001
-            return {"failed": f"{type(failure).__name__}: {failure}"[:500]}
+            return {"failed": _said(failure)}
         finally:
             call = None
             if model.device.type == "cuda":

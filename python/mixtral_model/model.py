@@ -119,6 +119,7 @@ class Model:
                          window=cache.capacity,  # without a window it hides nothing: no position is beyond it
                          max_seqlen_q=longest, max_cache_length=longest_cache,
                          rope_theta=c.rope_theta, rope_interleaved=c.consolidated)
+        all_rows = None if c.num_experts or ids.is_cuda else torch.cat([bounds[:1], bounds[-1:]])
         chosen = []
 
         x = F.embedding(ids, w.embed)
@@ -129,7 +130,7 @@ class Model:
             x.addmm_(attended.view(tokens, -1), layer.wo.t())
             h = F.rms_norm(x, (c.hidden_size,), layer.mlp_norm, c.norm_eps)
             if layer.router is None:
-                _mlp_by_torch(x, layer, h) if x.is_cuda else _mlp_by_experts(x, layer, h, bounds)
+                _mlp_by_torch(x, layer, h) if all_rows is None else _mlp_by_experts(x, layer, h, all_rows)
             else:
                 # Routing and the sort in one op; its maps spare moe_experts the sort.
                 routing = mixtral_ext.moe_gate(F.linear(h, layer.router), c.top_k)
@@ -162,8 +163,7 @@ def _mlp_by_torch(x: Tensor, layer: Layer, hidden: Tensor) -> None:
     x.addmm_(F.silu(gate).mul_(up), layer.down[0].t())
 
 
-def _mlp_by_experts(x: Tensor, layer: Layer, hidden: Tensor, bounds: Tensor) -> None:
-    """The same through the expert kernels, as one expert with every row: on a CPU they read the weights of a single sequence's step faster than
-    torch's products (results/2026-11-27-xeon-amx-mistral-7b.json of mixtral_bench)."""
-    all_rows = torch.cat([bounds[:1], bounds[-1:]])
+def _mlp_by_experts(x: Tensor, layer: Layer, hidden: Tensor, all_rows: Tensor) -> None:
+    """The same through the expert kernels, as one expert with every row (all_rows i32 [2]: 0, T): on a Xeon with AMX a decoding step takes 0.56
+    to 0.62 of transformers' time so (mixtral_bench/results/2026-11-27-xeon-amx-mistral-7b-one-kernel.json)."""
     x += mixtral_ext.grouped_gemm(mixtral_ext.grouped_gemm_swiglu(hidden, layer.gate_up, all_rows), layer.down, all_rows)
