@@ -113,7 +113,7 @@ def grouped_gemm(a, b, expert_offsets, a_rows=None, a_rows_divisor=1, *, out=Non
     [R], without it R = M; sorted_slots with divisor K gathers tokens inside the product.
 
     Returns [R, N] in the dtype of a; rows from expert_offsets[E] on are undefined (with `out`: not written). A row's bits do
-    not depend on the other rows, but on a CPU with AMX.
+    not depend on the other rows.
 
     CUDA: bfloat16 or float16, Kd a multiple of 8; N too, unless `out` has rows a multiple of 16 bytes apart. A row with a bad
     a_rows is computed as if it were zeros.
@@ -144,7 +144,7 @@ def moe_experts(hidden, w_gate_up, w_down, topk_weights, topk_ids, expert_offset
     all from moe_gate or moe_sort for these ids (then topk_ids is not read), or none (then the call sorts).
 
     Returns [T, H] in the dtype of hidden, rounded after SwiGLU, after the second product and after the sum. A token's bits do
-    not depend on the other tokens, but on a CPU with AMX.
+    not depend on the other tokens.
 
     CUDA: bfloat16 or float16, H and I multiples of 8. Takes K*(I+H)*2 bytes of workspace a token from torch's allocator, and
     waits for nothing on the host, so it can be captured in a CUDA graph.

@@ -45,6 +45,18 @@ def test_threads_do_not_change_bits(cpu_build, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_does_not_depend_on_its_company(cpu_build, dtype):
+    """Bitwise, of experts with one row to a hundred."""
+    library, arch = cpu_build
+    context = library.context(arch)
+    inputs = MoeExpertsCase("", tokens=140, experts=3, hidden=72, intermediate=150).inputs(DTYPES[dtype])
+    whole = run(library, context, inputs)
+    for first, count in [(0, 1), (5, 2), (77, 8), (90, 41)]:
+        part = inputs | {name: inputs[name][first:first + count] for name in ("hidden", "topk_weights", "topk_ids")}
+        assert torch.equal(run(library, context, part), whole[first:first + count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_given_maps_change_nothing(cpu_build, dtype):
     library, arch = cpu_build
     case = dict(tokens=23, hidden=40, intermediate=24, routing="skips")

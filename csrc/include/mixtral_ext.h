@@ -232,8 +232,8 @@ MIXTRAL_API mixtral_status mixtral_moe_combine(const mixtral_context *context, c
  * given (so a_rows = sorted_slots with divisor K gathers tokens inside the product). Rows of out outside
  * [0, expert_offsets[E]) are not touched, and their a_rows are not read. CPU: expert_offsets must start at 0, not
  * decrease and end at R or less, and a_rows of rows in range must satisfy 0 <= a_rows[r] / a_rows_divisor < M; CUDA: A(r) is
- * zeros for other a_rows. A row's bits do not depend on the other rows (CUDA: nor on the kernel that their number selects),
- * but on the CPU with AMX, which takes over from 9 rows of an expert on and adds in another order. */
+ * zeros for other a_rows. A row's bits depend neither on the other rows nor on the
+ * kernel that their number selects. */
 typedef struct mixtral_grouped_gemm_params {
   size_t struct_size;            /* sizeof(mixtral_grouped_gemm_params) */
   mixtral_tensor a;              /* [M, Kd] f32, bf16 or f16; any row stride */
@@ -276,7 +276,7 @@ MIXTRAL_API mixtral_status mixtral_grouped_gemm_swiglu(const mixtral_context *co
  * FFN(e, x) = w_down[e] @ (silu(gate[e] @ x) * (up[e] @ x)). Rounds to the dtype of hidden after SwiGLU, after the
  * second product and after the sum. Ids outside [0, E) are skip markers: no contribution, weight not read. The three
  * maps come from moe_gate or moe_sort for the same topk_ids; give all or none (none: the call sorts). A token's bits do not
- * depend on the other tokens, but with AMX (see grouped_gemm).
+ * depend on the other tokens.
  * CUDA: 3 launches with maps, 4 or 5 without. The workspace is K*(I+H)*2 bytes a token; without maps 8*K more, and a few KB
  * for offsets and the sort. */
 typedef struct mixtral_moe_experts_params {
