@@ -5,6 +5,7 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; the OpenMP runtime reads this when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_PROC_BIND", "false")  # the benches ask for "true", which would put all of them on the first core
 
 import pytest
 
@@ -47,10 +48,11 @@ def cpu_build(request):
 def build_tree():
     """The CMake build directory that library comes from."""
     native = c_api.NATIVE.read_bytes()
-    for cache in sorted(ROOT.glob("build*/**/CMakeCache.txt")):
-        built = cache.parent / "libmixtral_ext.so.0"
-        if built.exists() and built.read_bytes() == native:
-            return cache.parent
+    with one_at_a_time():  # CMake makes and removes folders there
+        for cache in sorted(ROOT.glob("build*/**/CMakeCache.txt")):
+            built = cache.parent / "libmixtral_ext.so.0"
+            if built.exists() and built.read_bytes() == native:
+                return cache.parent
     pytest.fail(f"no build directory holds the library of {c_api.NATIVE}: build it here, as `make build` does")
 
 
@@ -58,7 +60,8 @@ def build_tree():
 def c_prefix(build_tree, tmp_path_factory):
     """An installed C package, moved after its installation."""
     there, here = tmp_path_factory.mktemp("install") / "first", tmp_path_factory.mktemp("install") / "moved here"
-    subprocess.run(["cmake", "--install", build_tree, "--component", "c", "--prefix", there], check=True, capture_output=True)
+    with one_at_a_time():
+        subprocess.run(["cmake", "--install", build_tree, "--component", "c", "--prefix", there], check=True, capture_output=True)
     there.rename(here)
     return here
 

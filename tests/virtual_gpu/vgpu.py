@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import operator
+import os
 import re
 import shutil
 import subprocess
@@ -109,13 +110,14 @@ def compile(source, arch, *options):
     if shutil.which("nvcc"):
         text += subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     kept = ROOT / "build/ptx" / f"{path.stem}.{arch}.{hashlib.sha256((text + repr(options)).encode()).hexdigest()[:16]}.ptx"
-    with one_at_a_time():
-        if not kept.exists():
-            command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", "-I", CSRC, f"-arch=compute_{arch}", *options, "-o", "-", path]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(done.stdout)
+    if not kept.exists():
+        command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-ptx", "-I", CSRC, f"-arch=compute_{arch}", *options, "-o", "-", path]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")  # two processes may make it, none sees half of it
+        part.write_text(done.stdout)
+        part.replace(kept)
     return kept.read_text()
 
 
